@@ -1,0 +1,59 @@
+# Only python3 (3.11 or newer) and make are needed; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+DEMO := outputs/demo/$(shell echo $$(date +%Y-%m-%d_%H-%M-%S)_$$PPID)
+
+.DEFAULT_GOAL := help
+.PHONY: install demo test lint check bench torture lock clean help
+
+install: $(STAMP)  ## make .venv with everything, as requirements.txt pins it
+	@echo "installed: $(BIN)/mnist-cli"
+
+demo: $(STAMP)  ## train a CNN on real digits, evaluate it, export it to ONNX; downloads no data
+	$(BIN)/mnist-cli train model=cnn optim=adam dataset=digits out=$(DEMO)
+	$(BIN)/mnist-cli eval checkpoint=$(DEMO)
+	$(BIN)/mnist-cli export checkpoint=$(DEMO) format=onnx
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test  ## what CI runs: lint and test
+
+bench: $(STAMP)  ## measure speed
+	$(BIN)/python benchmarks/run.py
+
+torture: $(STAMP)  ## kill, corrupt and starve runs, for a long time
+	$(BIN)/python -m pytest tests/torture
+
+lock: $(STAMP)  ## write requirements.txt anew after a change of pyproject.toml; UPGRADE=1 takes newer versions
+	$(BIN)/uv pip compile --quiet $(if $(UPGRADE),--upgrade) --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' \
+		--extra dev --output-file requirements.txt pyproject.toml
+
+clean:  ## remove .venv, caches and builds; outputs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# Every download is checked against a hash in requirements.txt: first uv itself, through the pip of
+# the new environment, then all else through uv, what it builds from source included.
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: Python 3.11 or newer is needed; name one: make install PYTHON=python3.12" >&2; \
+		exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@awk '/^uv==/,!/\\$$/' requirements.txt > .venv/uv.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode \
+		--build-constraint requirements.txt requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m compileall -q mnist_cli
+	@touch $@

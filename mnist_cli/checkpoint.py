@@ -1,0 +1,445 @@
+"""A checkpoint is data: one safetensors file with one closed JSON document and a digest.
+
+    8 bytes    length of the header
+    header     JSON: name, dtype, shape and place of each tensor, and the document as text
+    the rest   the tensors: model.<name>, and optim.<parameter>.<state> where training can go on
+
+The document holds the configuration, what has to be known about the data, the position of the run
+and the SHA-256 of the whole file (taken with the digest's own 64 characters as zeros). Nothing in
+it is ever executed, resolved or looked up outside a closed registry. Everything is checked before
+it is believed: sizes before memory is taken, names and shapes against the model that the
+configuration describes, and values for being finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from mnist_cli import __version__, dataset, durable
+from mnist_cli.config import EmnistConfig, ImageFilesConfig, TrainConfig, to_plain, train_config
+from mnist_cli.console import Console
+from mnist_cli.dataset import Dataset, DatasetSpec
+from mnist_cli.errors import CheckpointError, UsageError, shown
+from mnist_cli.model import build_model
+from mnist_cli.runtime import Host
+from mnist_cli.typed import Range, parse
+
+FORMAT = 1
+MAX_FILE_BYTES = 4 * 2**30
+MAX_HEADER_BYTES = 2**20
+_BLANK_DIGEST = "0" * 64
+_DTYPES = {"F32": torch.float32}
+_NonNegativeInt = Annotated[int, Range(least=0, most=2**53)]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The selected epoch: counted from 1, with the steps taken by its end."""
+
+    epoch: Annotated[int, Range(least=1)]
+    step: Annotated[int, Range(least=1)]
+    monitor: str | None
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. Randomness is counted, so this and the tensors are all that it needs.
+
+    Attributes:
+        step: optimizer steps taken.
+        loss_sum: sum of the training losses of this epoch's samples so far.
+        epoch_s: seconds this epoch has taken so far.
+        train_s: seconds spent training, all epochs.
+        best: the selected epoch so far.
+        stale_epochs: epochs since then.
+        loss_scale: of float16 training, else None.
+    """
+
+    step: _NonNegativeInt = 0
+    loss_sum: float = 0.0
+    epoch_s: float = 0.0
+    train_s: float = 0.0
+    best: Best | None = None
+    stale_epochs: _NonNegativeInt = 0
+    loss_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save` writes and `load` gives back.
+
+    Attributes:
+        model: name of each parameter to its tensor, float32.
+        optim: `<parameter>.<state>` to its tensor, float32; empty where only answers are wanted.
+    """
+
+    config: TrainConfig
+    spec: DatasetSpec
+    progress: Progress
+    host: Host
+    model: dict[str, Tensor]
+    optim: dict[str, Tensor]
+
+    def build_model(self, device: torch.device) -> nn.Module:
+        """The model with the weights of the checkpoint, in evaluation mode on `device`."""
+        model = build_model(self.config.model, self.spec.input_shape, self.spec.num_outputs)
+        model.load_state_dict(self.model)
+        return model.to(device).eval()
+
+
+@dataclass(frozen=True)
+class _Document:
+    """The JSON document, without its configuration, which `train_config` reads."""
+
+    format: int
+    made_by: str
+    digest: str
+    dataset: DatasetSpec
+    progress: Progress
+    host: Host
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` to `path`, durably and all at once.
+
+    Raises:
+        ResourceError: it can't be written; an older file at `path` still stands.
+    """
+    durable.write(path, encode(checkpoint))
+
+
+def encode(checkpoint: Checkpoint) -> bytes:
+    """The bytes of the file."""
+    document = {
+        "format": FORMAT,
+        "made_by": f"mnist-cli {__version__}",
+        "digest": _BLANK_DIGEST,
+        "config": to_plain(checkpoint.config),
+        "dataset": dataclasses.asdict(checkpoint.spec),
+        "progress": dataclasses.asdict(checkpoint.progress),
+        "host": dataclasses.asdict(checkpoint.host),
+    }
+    tensors = {f"model.{name}": _dense(tensor) for name, tensor in checkpoint.model.items()}
+    tensors |= {f"optim.{name}": _dense(tensor) for name, tensor in checkpoint.optim.items()}
+    data = safetensors.torch.save(tensors, {"mnist_cli": json.dumps(document, allow_nan=False)})
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    place = data.index(_BLANK_DIGEST.encode(), 0, header_end)
+    digest = hashlib.sha256(data).hexdigest().encode()
+    return data[:place] + digest + data[place + 64 :]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return (
+        tensor.detach()
+        .to("cpu", torch.float32, memory_format=torch.contiguous_format)
+        .clone(memory_format=torch.contiguous_format)
+    )
+
+
+def find(path: str) -> Path:
+    """The file that `path` means: a run folder means its best checkpoint.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    found = Path(path).expanduser()
+    try:
+        if found.is_dir():
+            found = found / "best.safetensors"
+        if found.exists():
+            return found
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"can't open {shown(path)}: {error}", "check the path") from error
+    raise CheckpointError(
+        f"no checkpoint at {found}", "name a run folder or a .safetensors file: checkpoint=RUN"
+    )
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint, from whoever it may come.
+
+    Raises:
+        CheckpointError: it is missing, damaged, foreign or from a newer version.
+    """
+    try:
+        return decode(read_regular_file(path, _check_header_size))
+    except _Refused as refused:
+        raise CheckpointError(f"{path}: {refused}", refused.hint) from refused
+
+
+class _Refused(Exception):
+    """Why a file isn't a checkpoint that can be used."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint or "train again, or take another checkpoint of the run"
+
+
+_FOREIGN = "only checkpoints that mnist-cli wrote are read; pickle files never are"
+
+
+def read_regular_file(path: Path, before: Callable[[bytes, int], None] | None = None) -> bytes:
+    """All bytes of a regular file of at most MAX_FILE_BYTES; never waits for a FIFO or a device.
+
+    Args:
+        before: is given the first 9 bytes and the size, to refuse the file before the rest is read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise _Refused("is not a regular file", _FOREIGN)
+            if status.st_size > MAX_FILE_BYTES:
+                raise _Refused(f"is larger than {MAX_FILE_BYTES} bytes", _FOREIGN)
+            if before is not None:
+                before(file.read(9), status.st_size)
+                file.seek(0)
+            return file.readall()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise CheckpointError(
+            f"can't read {path}: {reason or error}",
+            "name a run folder or a .safetensors file: checkpoint=RUN",
+        ) from error
+
+
+def _check_header_size(start: bytes, size: int) -> None:
+    """Refuse by the first bytes what can't be a checkpoint, before the rest is read."""
+    if len(start) < 9 or start[8:9] != b"{":
+        raise _Refused("is not a safetensors file", _FOREIGN)
+    length = int.from_bytes(start[:8], "little")
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        raise _Refused(f"has a header of {length} bytes, which can't be", _FOREIGN)
+
+
+def decode(data: bytes) -> Checkpoint:
+    """A checkpoint out of its bytes; `_Refused` for anything that `encode` didn't make."""
+    _check_header_size(data[:9], len(data))
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    header = _json(data[8:header_end], "header")
+    text = header.pop("__metadata__", None)
+    if (
+        not isinstance(text, dict)
+        or set(text) != {"mnist_cli"}
+        or not isinstance(text["mnist_cli"], str)
+    ):
+        raise _Refused("is not a checkpoint of mnist-cli", _FOREIGN)
+    document = _json(text["mnist_cli"].encode(), "document")
+    _check_format(document)
+    _check_digest(data, header_end, document.get("digest"))
+    config, rest = _parse_document(document)
+    _check_tensors(header, config, rest.dataset, len(data) - header_end)
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # the library's own error class, for a layout that it refuses
+        raise _Refused(f"is damaged: {error}") from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise _Refused(f"has values in {name} that are not finite")
+    return Checkpoint(
+        config=config,
+        spec=rest.dataset,
+        progress=rest.progress,
+        host=rest.host,
+        model={n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")},
+        optim={n.removeprefix("optim."): t for n, t in tensors.items() if n.startswith("optim.")},
+    )
+
+
+def _json(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object without duplicate keys, NaN or numbers out of reach."""
+    try:
+        found = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_int,
+        )
+    except (ValueError, RecursionError) as error:
+        reason = "too deep" if isinstance(error, RecursionError) else str(error)
+        raise _Refused(f"has a {what} that is not sound JSON ({reason})", _FOREIGN) from error
+    if not isinstance(found, dict):
+        raise _Refused(f"has a {what} that is not a JSON object", _FOREIGN)
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _int(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError("a number is too long")
+    return int(digits)
+
+
+def _check_format(document: dict[str, Any]) -> None:
+    found = document.get("format")
+    if type(found) is not int or found < 1:
+        raise _Refused(f"has no format number, but {shown(found)}", _FOREIGN)
+    if found > FORMAT:
+        raise _Refused(
+            f"has format {found} (made by {shown(document.get('made_by'))}),"
+            f" but mnist-cli {__version__} reads up to {FORMAT}",
+            "install a newer mnist-cli",
+        )
+
+
+def _check_digest(data: bytes, header_end: int, digest: Any) -> None:
+    stored = digest.encode() if isinstance(digest, str) else b""
+    place = data.find(stored, 0, header_end) if len(stored) == 64 else -1
+    if place < 0:
+        raise _Refused("has no digest")
+    found = hashlib.sha256()
+    found.update(data[:place])
+    found.update(_BLANK_DIGEST.encode())
+    found.update(memoryview(data)[place + 64 :])
+    if found.hexdigest().encode() != stored:
+        raise _Refused("is damaged: its digest doesn't match its content")
+
+
+def _parse_document(document: dict[str, Any]) -> tuple[TrainConfig, _Document]:
+    rest = dict(document)
+    try:
+        config = train_config(rest.pop("config", None))
+        return config, parse(_Document, rest)
+    except UsageError as error:
+        raise _Refused(f"describes no run that can be: {error}", _FOREIGN) from error
+
+
+@dataclass(frozen=True)
+class _Provenance:
+    """The JSON document of an exported file, without its configuration."""
+
+    format: int
+    made_by: str
+    dataset: DatasetSpec
+
+
+def parse_provenance(text: str) -> tuple[TrainConfig, DatasetSpec]:
+    """Configuration and data out of an exported file. Raises ValueError or UsageError."""
+    try:
+        document = _json(text.encode(), "document")
+        _check_format(document)
+    except _Refused as refused:
+        raise ValueError(str(refused)) from refused
+    config = train_config(document.pop("config", None))
+    return config, parse(_Provenance, document).dataset
+
+
+def _check_tensors(
+    header: dict[str, Any], config: TrainConfig, spec: DatasetSpec, size: int
+) -> None:
+    """Names, types, shapes and total size against the model, before any tensor is made."""
+    try:
+        with torch.device("meta"):
+            model = build_model(config.model, spec.input_shape, spec.num_outputs)
+    except (UsageError, RuntimeError, ValueError, OverflowError) as error:
+        raise _Refused(f"describes a model that can't be built: {error}", _FOREIGN) from error
+    shapes = {f"model.{name}": list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: _shape(name, entry) for name, entry in header.items()}
+    missing = sorted(shapes.keys() - found.keys())
+    extra = sorted(n for n in found.keys() - shapes.keys() if not n.startswith("optim."))
+    if missing or extra:
+        names = ", ".join(shown(name) for name in (missing or extra)[:5])
+        raise _Refused(f"{'lacks the tensors' if missing else 'has unknown tensors'} {names}")
+    for name, shape in found.items():
+        parameter = f"model.{name.removeprefix('optim.').rpartition('.')[0]}"
+        expected = shapes.get(name) or shapes.get(parameter)
+        if expected is None or (
+            shape != expected and not (name.startswith("optim.") and shape == [])
+        ):
+            raise _Refused(f"has a tensor {shown(name)} of shape {shape} instead of {expected}")
+    if 4 * sum(math.prod(shape) for shape in found.values()) != size:
+        raise _Refused(f"holds {size} bytes of tensors, which doesn't fit its header")
+
+
+def _shape(name: str, entry: Any) -> list[int]:
+    fits = (
+        isinstance(entry, dict)
+        and set(entry) == {"dtype", "shape", "data_offsets"}
+        and isinstance(entry["shape"], list)
+        and all(type(length) is int and 0 <= length < 2**40 for length in entry["shape"])
+    )
+    if not fits:
+        raise _Refused(f"has a malformed entry for the tensor {shown(name)}")
+    if entry["dtype"] not in _DTYPES:
+        raise _Refused(f"has a tensor {shown(name)} of type {shown(entry['dtype'])} instead of F32")
+    return list(entry["shape"])
+
+
+def load_data(
+    config: TrainConfig, spec: DatasetSpec, root: str | None, console: Console
+) -> Dataset:
+    """The data that a run was made with: at `root`, else where the run had it.
+
+    A mirror that a checkpoint names is forgotten: no address comes out of a file. Data of another
+    digest is said so; the numbers are then not those of the run.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    source = config.dataset
+    if isinstance(source, ImageFilesConfig | EmnistConfig):
+        if root is None and source.root is not None and Path(source.root).is_dir():
+            root = source.root
+        source = dataclasses.replace(source, root=root, mirror=None)
+    data = dataset.load(source, config.seed)
+    if spec.digest != data.spec.digest:
+        console.warn(
+            f"the {spec.name} data here is not what the run used"
+            f" (digest {data.spec.digest[:12]} instead of {spec.digest[:12]})"
+        )
+    return data
+
+
+# --- optimizer state -----------------------------------------------------------------------------
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as `<parameter>.<state>`: of the parameter's shape, or scalars."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensors[f"{name}.{key}"] = torch.as_tensor(value, dtype=torch.float32)
+    return tensors
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """Put what `optimizer_tensors` gave back into a newly built optimizer."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, (name, _) in enumerate(model.named_parameters()):
+        own = {
+            k.removeprefix(f"{name}."): t
+            for k, t in tensors.items()
+            if k.rpartition(".")[0] == name
+        }
+        if own:
+            state[index] = own
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

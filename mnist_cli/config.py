@@ -1,0 +1,455 @@
+"""What can be configured: one frozen dataclass for each command and for each option of a group.
+
+`train_config`, `eval_config` and `export_config` turn plain data (a composed configuration, or the
+JSON of a checkpoint) into one of them, after every type, range and cross-check. Neither Hydra nor
+torch is imported here. What a key means and its default stand in `conf/`; types and ranges here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from mnist_cli.errors import UsageError
+from mnist_cli.typed import Range, parse
+
+MAX_NUMBERS = 10**8  # of a synthetic training set
+
+Count = Annotated[int, Range(least=1, most=10**9)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(least=0)]
+Fraction = Annotated[float, Range(least=0, most=1)]
+Share = Annotated[float, Range(least=0, below=1)]
+
+# --- model ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearModelConfig:
+    name: Literal["linear"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MlpConfig:
+    name: Literal["mlp"]
+    hidden: tuple[Annotated[int, Range(least=1, most=65_536)], ...]
+    dropout: Share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CnnConfig:
+    name: Literal["cnn"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CnnDropoutConfig:
+    name: Literal["cnn_dropout"]
+    conv_dropout: Share
+    dense_dropout: Share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CnnDeepConfig:
+    name: Literal["cnn_deep"]
+
+
+ModelConfig = LinearModelConfig | MlpConfig | CnnConfig | CnnDropoutConfig | CnnDeepConfig
+
+
+# --- optim ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SgdConfig:
+    name: Literal["sgd", "momentum"]
+    lr: Positive
+    momentum: Share
+    nesterov: bool
+    weight_decay: NonNegative
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamConfig:
+    name: Literal["adam", "adamw"]
+    lr: Positive
+    betas: tuple[Share, Share]
+    eps: Positive
+    weight_decay: NonNegative
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RmspropConfig:
+    name: Literal["rmsprop"]
+    lr: Positive
+    alpha: Share
+    eps: Positive
+    momentum: Share
+    weight_decay: NonNegative
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdagradConfig:
+    name: Literal["adagrad"]
+    lr: Positive
+    lr_decay: NonNegative
+    eps: Positive
+    weight_decay: NonNegative
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdadeltaConfig:
+    name: Literal["adadelta"]
+    lr: Positive
+    rho: Share
+    eps: Positive
+    weight_decay: NonNegative
+
+
+OptimConfig = SgdConfig | AdamConfig | RmspropConfig | AdagradConfig | AdadeltaConfig
+
+
+# --- loss ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmoothedLossConfig:
+    name: Literal["cross_entropy", "kl_div", "bce"]
+    label_smoothing: Share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MseConfig:
+    name: Literal["mse"]
+
+
+LossConfig = SmoothedLossConfig | MseConfig
+
+
+# --- dataset -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageFilesConfig:
+    name: Literal["mnist", "fashion_mnist", "kmnist", "cifar10"]
+    val_fraction: Share
+    root: str | None
+    mirror: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmnistConfig:
+    name: Literal["emnist"]
+    split: Literal["byclass", "bymerge", "balanced", "letters", "digits", "mnist"]
+    val_fraction: Share
+    root: str | None
+    mirror: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DigitsConfig:
+    name: Literal["digits"]
+    val_fraction: Share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearDatasetConfig:
+    name: Literal["linear"]
+    num_samples: Annotated[int, Range(least=2, most=10_000_000)]
+    num_features: Annotated[int, Range(least=1, most=10_000)]
+    noise: NonNegative
+    val_fraction: Share
+
+
+DatasetConfig = ImageFilesConfig | EmnistConfig | DigitsConfig | LinearDatasetConfig
+
+
+# --- schedule ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConstantConfig:
+    name: Literal["constant"]
+    warmup_epochs: NonNegative
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepConfig:
+    name: Literal["step"]
+    step_epochs: Count
+    gamma: Annotated[float, Range(above=0, most=1)]
+    warmup_epochs: NonNegative
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CosineConfig:
+    name: Literal["cosine"]
+    final_lr_fraction: Fraction
+    warmup_epochs: NonNegative
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnecycleConfig:
+    name: Literal["onecycle"]
+    peak_fraction: Annotated[float, Range(above=0, below=1)]
+    initial_lr_fraction: Annotated[float, Range(above=0, most=1)]
+    final_lr_fraction: Fraction
+    warmup_epochs: NonNegative
+
+
+ScheduleConfig = ConstantConfig | StepConfig | CosineConfig | OnecycleConfig
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyStopConfig:
+    patience: Count | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    model: ModelConfig
+    optim: OptimConfig
+    loss: LossConfig
+    dataset: DatasetConfig
+    schedule: ScheduleConfig
+    seed: Annotated[int, Range(least=0, most=2**32 - 1)]
+    epochs: Count
+    batch_size: Count
+    device: str
+    precision: Literal["float32", "bfloat16", "float16"]
+    compile: bool
+    grad_clip: Positive | None
+    grad_accum: Count
+    monitor: Literal["auto", "val_loss", "val_accuracy", "val_mse"]
+    early_stop: EarlyStopConfig
+    save_every: Count | str | None
+    resume: str | None
+    resume_allow: tuple[str, ...]
+    profile: bool
+    out: str | None
+
+    @property
+    def task(self) -> Literal["classification", "regression"]:
+        return "regression" if isinstance(self.dataset, LinearDatasetConfig) else "classification"
+
+    @property
+    def monitored(self) -> str:
+        """The metric that selects the best epoch, `auto` resolved."""
+        automatic = {"classification": "val_accuracy", "regression": "val_mse"}
+        return automatic[self.task] if self.monitor == "auto" else self.monitor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RootConfig:
+    root: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    checkpoint: str
+    split: Literal["test", "val", "train"]
+    device: str
+    dataset: RootConfig
+    out: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    checkpoint: str
+    format: Literal["onnx", "torch_export", "safetensors"]
+    opset: Annotated[int, Range(least=18, most=23)]
+    quantize: Literal["none", "int8"]
+    tolerance: Positive
+    max_accuracy_drop: Fraction
+    benchmark: bool
+    overwrite: bool
+    dataset: RootConfig
+    out: str | None
+
+
+# Keys of `train` that don't change the numbers of a run; they may differ when one is resumed.
+FREE_KEYS = (
+    "device",
+    "dataset.root",
+    "dataset.mirror",
+    "save_every",
+    "resume",
+    "resume_allow",
+    "profile",
+    "out",
+)
+
+
+def train_config(data: object) -> TrainConfig:
+    """Parse and cross-check. Raises UsageError, naming both sides of what doesn't fit."""
+    config = parse(TrainConfig, data)
+    _check_device(config.device)
+    if isinstance(config.model, MlpConfig) and len(config.model.hidden) > 64:
+        raise UsageError(
+            f"model.hidden has {len(config.model.hidden)} layers",
+            "type at most 64: model.hidden=[512,256]",
+        )
+    if isinstance(config.dataset, ImageFilesConfig | EmnistConfig):
+        _check_mirror(config.dataset.mirror)
+    if isinstance(config.dataset, LinearDatasetConfig):
+        _check_size(config.dataset)
+    _check_task(config)
+    _check_optim(config)
+    _check_length(config)
+    if isinstance(config.save_every, str):
+        save_every_s(config.save_every)
+    if config.resume == "auto" and config.out is None:
+        raise UsageError("resume=auto needs out=DIR", "name the folder: resume=auto out=DIR")
+    if config.resume not in (None, "auto") and config.out is not None:
+        raise UsageError(
+            f"resume={config.resume} and out={config.out} name two folders",
+            "leave out= away: a run is continued in its own folder",
+        )
+    if config.precision != "float32" and config.device == "cpu":
+        raise UsageError(
+            f"precision={config.precision} doesn't go with device=cpu",
+            "type device=cuda, or leave precision=float32",
+        )
+    return config
+
+
+def eval_config(data: object) -> EvalConfig:
+    """Parse and check. Raises UsageError."""
+    config = parse(EvalConfig, data)
+    _check_checkpoint(config.checkpoint, "eval")
+    _check_device(config.device)
+    return config
+
+
+def export_config(data: object) -> ExportConfig:
+    """Parse and cross-check. Raises UsageError."""
+    config = parse(ExportConfig, data)
+    _check_checkpoint(config.checkpoint, "export")
+    if config.quantize != "none" and config.format != "onnx":
+        raise UsageError(
+            f"quantize={config.quantize} doesn't go with format={config.format}", "type format=onnx"
+        )
+    return config
+
+
+def _check_checkpoint(checkpoint: str, command: str) -> None:
+    if not checkpoint:
+        raise UsageError("checkpoint= is empty", f"name one: mnist-cli {command} checkpoint=RUN")
+
+
+def _check_device(device: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise UsageError(
+            f"device='{device}' is not a choice", "device is one of: auto, cpu, cuda, cuda:N"
+        )
+
+
+def _check_mirror(mirror: str | None) -> None:
+    if mirror is not None and not mirror.startswith("https://"):
+        raise UsageError(
+            f"dataset.mirror={mirror} is not an https address", "type dataset.mirror=https://..."
+        )
+
+
+def _check_size(dataset: LinearDatasetConfig) -> None:
+    if dataset.num_samples * dataset.num_features > MAX_NUMBERS:
+        raise UsageError(
+            f"dataset.num_samples={dataset.num_samples} times"
+            f" dataset.num_features={dataset.num_features} is more than {MAX_NUMBERS:,} numbers",
+            "type fewer samples or features",
+        )
+
+
+def _check_task(config: TrainConfig) -> None:
+    dataset, model, loss = config.dataset.name, config.model.name, config.loss.name
+    if config.task == "regression":
+        if loss != "mse":
+            raise UsageError(
+                f"loss={loss} compares classes, but dataset={dataset} holds numbers",
+                "type loss=mse",
+            )
+        if model.startswith("cnn"):
+            raise UsageError(
+                f"model={model} needs images, but dataset={dataset} holds numbers",
+                "type model=linear or model=mlp",
+            )
+        if config.monitor == "val_accuracy":
+            raise UsageError(
+                f"monitor=val_accuracy counts classes, but dataset={dataset} holds numbers",
+                "type monitor=val_mse or monitor=val_loss",
+            )
+    elif config.monitor == "val_mse":
+        raise UsageError(
+            f"monitor=val_mse is for numbers, but dataset={dataset} holds classes",
+            "type monitor=val_accuracy or monitor=val_loss",
+        )
+
+
+def _check_optim(config: TrainConfig) -> None:
+    optim = config.optim
+    if isinstance(optim, SgdConfig) and optim.nesterov and optim.momentum == 0:
+        raise UsageError(
+            f"optim.nesterov=true needs momentum, but optim.momentum={optim.momentum:g}",
+            "type optim.momentum=0.9",
+        )
+
+
+def _check_length(config: TrainConfig) -> None:
+    patience, epochs = config.early_stop.patience, config.epochs
+    if patience is not None and patience >= epochs:
+        raise UsageError(
+            f"early_stop.patience={patience} can never stop a run of epochs={epochs}",
+            f"type early_stop.patience={max(1, epochs // 2)}, or more epochs",
+        )
+    if patience is not None and config.dataset.val_fraction == 0:
+        raise UsageError(
+            f"early_stop.patience={patience} watches the validation split,"
+            " but dataset.val_fraction=0 leaves none",
+            "type dataset.val_fraction=0.1, or early_stop.patience=null",
+        )
+    if config.schedule.warmup_epochs >= epochs and config.schedule.warmup_epochs > 0:
+        raise UsageError(
+            f"schedule.warmup_epochs={config.schedule.warmup_epochs:g} doesn't fit into"
+            f" epochs={epochs}",
+            "type a warm-up that is shorter than the run",
+        )
+
+
+def save_every_s(text: str) -> float:
+    """Seconds in `30s`. Raises UsageError for anything else."""
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)s", text)
+    if not match or float(match[1]) == 0:
+        raise UsageError(
+            f"save_every='{text}' is neither steps nor seconds",
+            "type save_every=500 for steps or save_every=30s for seconds",
+        )
+    return float(match[1])
+
+
+def to_plain(config: TrainConfig | EvalConfig | ExportConfig) -> dict[str, Any]:
+    """The configuration as dicts, lists and plain values; `train_config` reads it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+
+
+def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+        )
+    return flat
+
+
+def config_hash(config: TrainConfig) -> str:
+    """64 hexadecimal digits, equal for configurations that lead to the same numbers."""
+    deciding = {
+        key: value for key, value in flatten(to_plain(config)).items() if key not in FREE_KEYS
+    }
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

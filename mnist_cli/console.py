@@ -1,0 +1,179 @@
+"""What a person sees: lines, tables, a progress bar; and the one JSON document for programs.
+
+With `--json`, stdout carries that document alone and everything for people goes to stderr. With
+`--quiet` nothing is said but errors. What is said also goes, without escape codes, to the log of a
+run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.progress import Progress
+
+BAR_EVERY_S = 0.1
+
+
+class Console:
+    """Says things on the right stream, and in the log of the run while there is one."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self.quiet = quiet
+        self.as_json = as_json
+        self._log: IO[str] | None = None
+        self._progress: Progress | None = None
+
+    @property
+    def _stream(self) -> IO[str]:
+        return sys.stderr if self.as_json else sys.stdout
+
+    def say(self, text: str = "") -> None:
+        """One line (or several), as it is."""
+        self._to_log(text + "\n")
+        if self.quiet:
+            return
+        try:
+            if self._progress is not None:
+                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                self._stream.write(text + "\n")
+                self._stream.flush()
+        except BrokenPipeError:
+            self._reader_left()
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """A table; the first column is text, the others are numbers and stand to the right."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+        for position, header in enumerate(headers):
+            table.add_column(header, justify="right" if position else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        plain = io.StringIO()
+        _rich(plain, width=100).print(table)
+        if self._progress is None and not self.quiet and self._stream.isatty():
+            self._to_log(plain.getvalue())
+            _rich(self._stream).print(table)
+        else:
+            self.say(plain.getvalue().rstrip("\n"))
+
+    def document(self, data: Any) -> None:
+        """With `--json`: the one document on stdout. Otherwise nothing."""
+        if self.as_json:
+            try:
+                sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+                sys.stdout.flush()
+            except BrokenPipeError:
+                self._reader_left()
+
+    def answer(self, text: str, data: Any) -> None:
+        """What a command was asked for: `data` with `--json`, else `text`, also with `--quiet`."""
+        if self.as_json:
+            self.document(data)
+        else:
+            sys.stdout.write(text + "\n")
+
+    def error(self, message: str, hint: str, exit_code: int) -> None:
+        """The two lines of an expected failure, and the same as a document with `--json`."""
+        self._to_log(f"error: {message}\nhint: {hint}\n")
+        self.document({"error": message, "hint": hint, "exit_code": exit_code})
+        sys.stderr.write(f"error: {message}\nhint: {hint}\n")
+
+    def _to_log(self, text: str) -> None:
+        if self._log is None:
+            return
+        try:
+            self._log.write(text)
+            self._log.flush()
+        except OSError as error:
+            self._log = None
+            self.warn(f"train.log can't be written ({error.strerror}); going on without it")
+
+    def _reader_left(self) -> None:
+        """`| head` closed its end: say nothing more, but finish the work."""
+        self.quiet = True
+        self.as_json = False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    @contextlib.contextmanager
+    def logging_to(self, log: IO[str]) -> Iterator[None]:
+        """Also write what is said to `log`, for the length of the block."""
+        self._log = log
+        try:
+            yield
+        finally:
+            self._log = None
+
+    @contextlib.contextmanager
+    def bar(self) -> Iterator[Bar]:
+        """A progress bar where a person watches a terminal; otherwise one that draws nothing."""
+        if self.quiet or not self._stream.isatty():
+            yield Bar(None)
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        rich = _rich(self._stream)
+        with Progress(*columns, console=rich, transient=True, auto_refresh=False) as progress:
+            self._progress = progress
+            try:
+                yield Bar(progress)
+            finally:
+                self._progress = None
+
+
+class Bar:
+    """The bar of the running epoch. Redrawn at most ten times a second."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", note="") if progress else None
+        self._drawn = 0.0
+
+    def show(self, done: int, total: int, description: str, note: str) -> None:
+        if self._progress is None or self._task is None:
+            return
+        now = time.monotonic()
+        if now - self._drawn < BAR_EVERY_S and done not in (0, total):
+            return
+        self._drawn = now
+        self._progress.update(
+            self._task,
+            completed=done,
+            total=total,
+            description=description,
+            note=note,
+            refresh=True,
+        )
+
+
+def _rich(stream: IO[str], width: int | None = None) -> RichConsole:
+    from rich.console import Console as RichConsole
+
+    return RichConsole(file=stream, highlight=False, markup=False, width=width)

@@ -1,0 +1,477 @@
+"""Getting the source files that are missing: https only, bounded in time and size, verified, whole.
+
+torchvision supplies the checksums; the transfer is ours, because torchvision's falls back to http
+in silence, has no time-out and writes to the final name. Everything happens under a lock on the
+root, in a folder of its own there; a file gets its final name after its content was verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import http.client
+import os
+import queue
+import shutil
+import ssl
+import tarfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from mnist_cli.dataset.decode import read_part
+from mnist_cli.dataset.files import GZIP_SLACK_BYTES, open_regular, shown_path
+from mnist_cli.dataset.sources import Archive, Part, Source
+from mnist_cli.errors import DataError, MnistCliError, ResourceError, UsageError, one_line, shown
+
+LOCK_FILE = ".mnist-cli.lock"
+STAGING_FOLDER = ".mnist-cli-download"
+CHUNK_BYTES = 1 << 18
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a download may take.
+
+    Attributes:
+        total_s: everything together; the environment variable MNIST_CLI_DOWNLOAD_TIMEOUT sets it.
+        first_byte_s: until anything at all was received, so that no network shows soon.
+        socket_s: one operation of a connection.
+        least_rate: bytes per second that a connection has to average once it is `socket_s` old.
+        tries: for each mirror.
+        backoff_s: the pause before the second try; it doubles with each.
+    """
+
+    total_s: float = 1800.0
+    first_byte_s: float = 20.0
+    socket_s: float = 8.0
+    least_rate: float = 2_000.0
+    tries: int = 3
+    backoff_s: float = 0.5
+
+
+class Clock:
+    """Counts the seconds of one download against its `Patience`."""
+
+    def __init__(self, patience: Patience) -> None:
+        self.patience = patience
+        self.started = time.monotonic()
+        self.flowing = False
+
+    def left_s(self) -> float:
+        limit = self.patience.total_s
+        if not self.flowing:
+            limit = min(limit, self.patience.first_byte_s)
+        return self.started + limit - time.monotonic()
+
+
+class TransferError(Exception):
+    """One try failed; `final` says that another try at the same mirror would fail too."""
+
+    def __init__(self, reason: str, final: bool = False) -> None:
+        super().__init__(one_line(reason, 160))
+        self.final = final
+
+
+def fetch(
+    source: Source,
+    root: Path,
+    mirror: str | None = None,
+    patience: Patience | None = None,
+    context: ssl.SSLContext | None = None,
+) -> None:
+    """Put the files of `source` that are missing into its folder in `root`.
+
+    Args:
+        source: the dataset.
+        root: made where it doesn't exist.
+        mirror: https address of a folder with the files, instead of the source's own.
+        patience: how long it may take; by default the environment decides.
+        context: which certificates to trust; by default the system's.
+
+    Raises:
+        DataError: the files are not to be had, or `root` can't be written to.
+        ResourceError: the disk is full.
+        UsageError: `mirror` or MNIST_CLI_DOWNLOAD_TIMEOUT is not what it has to be.
+    """
+    mirrors = source.mirrors if mirror is None else (_checked_mirror(mirror),)
+    patience = patience or patience_from_environment()
+    context = context or ssl.create_default_context()
+    try:
+        with _locked(root, patience.total_s):
+            if source.find(root) is None:
+                with _staging(root) as folder:
+                    network = _Network(mirrors, Clock(patience), context)
+                    _fetch_missing(source, root, folder, network)
+    except TransferError as failure:
+        raise _unavailable(source, root, str(failure)) from failure
+    except OSError as error:
+        raise _unwritable(source, root, error) from error
+
+
+def patience_from_environment() -> Patience:
+    """The default, with MNIST_CLI_DOWNLOAD_TIMEOUT as its total. Raises UsageError."""
+    text = os.environ.get("MNIST_CLI_DOWNLOAD_TIMEOUT")
+    if not text:
+        return Patience()
+    try:
+        total_s = float(text)
+    except ValueError:
+        total_s = 0.0
+    if not 0 < total_s < 1e9:
+        raise UsageError(
+            f"MNIST_CLI_DOWNLOAD_TIMEOUT={shown(text)} is no number of seconds",
+            "set MNIST_CLI_DOWNLOAD_TIMEOUT=600, or unset it",
+        )
+    return Patience(total_s=total_s)
+
+
+def _checked_mirror(mirror: str) -> str:
+    if not mirror.lower().startswith("https://") or any(c <= " " for c in mirror):
+        raise UsageError(
+            f"dataset.mirror={shown(mirror)} is not an https address",
+            "type dataset.mirror=https://HOST/FOLDER/",
+        )
+    return mirror if mirror.endswith("/") else f"{mirror}/"
+
+
+# --- which files ---------------------------------------------------------------------------------
+
+
+def _fetch_missing(source: Source, root: Path, folder: Path, network: _Network) -> None:
+    missing = source.missing(root)
+    if source.archive is None:
+        staged = [_fetch_part(source, part, folder, network) for part in missing]
+    else:
+        path = root / source.archive.path
+        _fetch_archive(source, source.archive, path, folder, network)
+        staged = [_extract_part(source, source.archive, part, path, folder) for part in missing]
+    (root / source.folder).mkdir(parents=True, exist_ok=True)
+    for path in staged:
+        os.replace(path, root / source.folder / path.name)
+
+
+def _fetch_part(source: Source, part: Part, folder: Path, network: _Network) -> Path:
+    name = f"{part.file}.gz"
+
+    def check(path: Path) -> None:
+        if part.sha256 is None:
+            _check_md5(path, published_md5(source)[name])
+        read_part(source, part, path)
+
+    most = source.num_bytes(part) + GZIP_SLACK_BYTES
+    return network.download(name, folder / name, most, check)
+
+
+def _fetch_archive(
+    source: Source, archive: Archive, path: Path, folder: Path, network: _Network
+) -> None:
+    """Download the archive where it isn't there; one that is there has to be the right one too."""
+    md5 = published_md5(source)[archive.file]
+    if os.path.lexists(path):
+        _check_md5(path, md5)
+        return
+    staged = network.download(
+        archive.file, folder / archive.file, archive.max_bytes, lambda file: _check_md5(file, md5)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(staged, path)
+
+
+def published_md5(source: Source) -> dict[str, str]:
+    """The md5 of each download of `source`, from torchvision where it knows them."""
+    if source.md5 is not None:
+        return dict(source.md5)
+    from torchvision import datasets
+
+    if source.archive is not None:
+        return {source.archive.file: datasets.EMNIST.md5}
+    return dict(getattr(datasets, str(source.torchvision)).resources)
+
+
+def _check_md5(path: Path, expected: str) -> None:
+    with open_regular(path) as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != expected:
+        raise TransferError(f"{path.name}: expected md5 {expected}, found {found}", final=True)
+
+
+# --- archives ------------------------------------------------------------------------------------
+
+
+def _extract_part(
+    source: Source, archive: Archive, part: Part, archive_path: Path, folder: Path
+) -> Path:
+    """Copy one member, named exactly and of a bounded size, out of the archive, and verify it."""
+    target = folder / f"{part.file}{archive.suffix}"
+    member = f"{archive.prefix}{target.name}"
+    try:
+        with _member(archive_path, member) as content, open(target, "xb") as file:
+            _copy(content, file, source.num_bytes(part) + GZIP_SLACK_BYTES)
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        KeyError,
+        EOFError,
+        zlib.error,
+        RuntimeError,
+    ) as error:
+        raise TransferError(
+            f"{shown_path(archive_path)}: expected member {member}, found {error}"
+        ) from error
+    read_part(source, part, target)
+    return target
+
+
+@contextlib.contextmanager
+def _member(archive: Path, member: str) -> Iterator[IO[bytes]]:
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as opened, opened.open(member) as content:
+            yield content
+        return
+    with tarfile.open(archive, "r:gz") as tar:
+        entry = next((entry for entry in tar if entry.name == member), None)
+        extracted = None if entry is None else tar.extractfile(entry)
+        if extracted is None:
+            raise KeyError("no such file in it")
+        with extracted:
+            yield extracted
+
+
+def _copy(content: IO[bytes], file: IO[bytes], most: int) -> None:
+    copied = 0
+    while chunk := content.read(CHUNK_BYTES):
+        copied += len(chunk)
+        if copied > most:
+            raise TransferError(f"expected at most {most} bytes, found more")
+        file.write(chunk)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# --- the network ---------------------------------------------------------------------------------
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str
+    ) -> Any:
+        fp.close()  # or urllib reads the body, however long it is
+        if not newurl.lower().startswith("https://"):
+            raise TransferError(f"redirected to {newurl}, which is not https", final=True)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """The mirrors to ask, the time that is left, the certificates to trust."""
+
+    mirrors: tuple[str, ...]
+    clock: Clock
+    context: ssl.SSLContext
+
+    def download(self, name: str, path: Path, most: int, check: Callable[[Path], None]) -> Path:
+        """Download `name` to `path`, from the first mirror whose file `check` lets pass.
+
+        Every mirror is asked once before one is asked again.
+
+        Raises:
+            TransferError: no mirror has it, or the time is up; the reasons of the last try.
+        """
+        failure = TransferError("there is no mirror to ask")
+        mirrors = list(self.mirrors)
+        for attempt in range(self.clock.patience.tries):
+            for mirror in tuple(mirrors):
+                try:
+                    self._pause(attempt)
+                    self._attempt(f"{mirror}{name}", path, most, check)
+                    return path
+                except TransferError as error:
+                    failure = TransferError(f"{mirror}{name}: {error}")
+                    if self.clock.left_s() <= 0:
+                        raise failure from error
+                    if error.final:
+                        mirrors.remove(mirror)
+        raise failure
+
+    def _pause(self, attempt: int) -> None:
+        if attempt > 0:
+            pause_s = self.clock.patience.backoff_s * 2 ** (attempt - 1)
+            time.sleep(max(0.0, min(pause_s, self.clock.left_s())))
+
+    def _attempt(self, url: str, path: Path, most: int, check: Callable[[Path], None]) -> None:
+        path.unlink(missing_ok=True)
+        self._within_time(lambda: self._transfer(url, path, most))
+        try:
+            check(path)
+        except DataError as error:
+            reason = error.message.removeprefix(f"{shown_path(path)}: ")
+            raise TransferError(reason, final=True) from error
+
+    def _within_time(self, work: Callable[[], None]) -> None:
+        """Do `work` in a thread that is left behind when time is up.
+
+        No time-out reaches into a name look-up, or into a header that comes byte by byte.
+        """
+        results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def report() -> None:
+            try:
+                work()
+            except BaseException as error:
+                results.put(error)
+            else:
+                results.put(None)
+
+        threading.Thread(target=report, daemon=True).start()
+        while True:
+            try:
+                error = results.get(timeout=max(0.0, self.clock.left_s()))
+            except queue.Empty:
+                if self.clock.left_s() <= 0:
+                    raise TransferError(self._out_of_time(), final=True) from None
+            else:
+                if error is not None:
+                    raise error
+                return
+
+    def _transfer(self, url: str, path: Path, most: int) -> None:
+        with open(path, "xb") as file:
+            for chunk in self._chunks(url, most):
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _chunks(self, url: str, most: int) -> Iterator[bytes]:
+        """The body of `url`, checked while it comes: its size, its pace, its end."""
+        try:
+            with self._open(url) as response:
+                announced, received, started = response.length, 0, time.monotonic()
+                if announced is not None and announced > most:
+                    raise TransferError(
+                        f"expected at most {most} bytes, found {announced}", final=True
+                    )
+                while chunk := response.read1(CHUNK_BYTES):
+                    self.clock.flowing = True
+                    received += len(chunk)
+                    if received > most:
+                        raise TransferError(
+                            f"expected at most {most} bytes, found more", final=True
+                        )
+                    self._check_pace(received, time.monotonic() - started)
+                    yield chunk
+                if announced is not None and received != announced:
+                    raise TransferError(
+                        f"expected {announced} bytes, found an end after {received}"
+                    )
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise TransferError(f"HTTP status {error.code}", final=error.code < 500) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise TransferError(
+                f"{getattr(error, 'reason', None) or error or type(error).__name__}"
+            ) from error
+
+    def _open(self, url: str) -> http.client.HTTPResponse:
+        https = urllib.request.HTTPSHandler(context=self.context)
+        opener = urllib.request.build_opener(_HttpsOnly, https)
+        request = urllib.request.Request(url, headers={"User-Agent": "mnist-cli"})
+        timeout_s = max(0.01, min(self.clock.patience.socket_s, self.clock.left_s()))
+        response: http.client.HTTPResponse = opener.open(request, timeout=timeout_s)
+        return response
+
+    def _check_pace(self, received: int, seconds: float) -> None:
+        if self.clock.left_s() <= 0:
+            raise TransferError(self._out_of_time(), final=True)
+        patience = self.clock.patience
+        if seconds > patience.socket_s and received < seconds * patience.least_rate:
+            raise TransferError(f"only {received} bytes in {seconds:.0f} s", final=True)
+
+    def _out_of_time(self) -> str:
+        if not self.clock.flowing:
+            return f"nothing received within {self.clock.patience.first_byte_s:g} s"
+        return f"not done within {self.clock.patience.total_s:g} s (MNIST_CLI_DOWNLOAD_TIMEOUT)"
+
+
+# --- the folder ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(root: Path, patience_s: float) -> Iterator[None]:
+    """Hold the lock of `root`; it ends with the process, however that ends."""
+    root.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(root / LOCK_FILE, flags, 0o644)
+    try:
+        _wait_for_lock(descriptor, time.monotonic() + patience_s)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TransferError("another process has been downloading all the time") from None
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _staging(root: Path) -> Iterator[Path]:
+    """An empty folder in `root`, without what a killed download left in it; gone afterwards."""
+    folder = root / STAGING_FOLDER
+    if os.path.lexists(folder):
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unavailable(source: Source, root: Path, reason: str) -> DataError:
+    names = [part.file for part in source.missing(root) or source.parts]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    hint = (
+        "type dataset=digits, which is bundled,"
+        f" or set MNIST_CLI_DATA=DIR to a folder that holds {names[0]}{more}"
+    )
+    if source.pickled_folder is not None and (root / source.pickled_folder).is_dir():
+        hint = (
+            f"{source.pickled_folder} is not read, because pickle files run code: put the binary"
+            f" version's {source.folder} beside it, set MNIST_CLI_DATA=DIR, or type dataset=digits"
+        )
+    return DataError(
+        f"{source.name}: {names[0]}{more} not found in {shown_path(root)},"
+        f" nor downloaded: {reason}",
+        hint,
+    )
+
+
+def _unwritable(source: Source, root: Path, error: OSError) -> MnistCliError:
+    where = shown_path(root)
+    if error.errno in FULL:
+        return ResourceError(
+            f"{source.name} can't be downloaded to {where}: {error.strerror}",
+            "make room there, or name another folder with dataset.root=DIR",
+        )
+    return DataError(
+        f"{source.name}: {source.parts[0].file} not found in {where},"
+        f" and it can't be downloaded there: {error.strerror or error}",
+        "set MNIST_CLI_DATA=DIR to a folder that holds the files or can be written to,"
+        " or type dataset=digits",
+    )

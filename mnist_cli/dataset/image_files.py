@@ -1,0 +1,45 @@
+"""The datasets that come as files: found, downloaded where needed, decoded once, cached."""
+
+from __future__ import annotations
+
+import ssl
+
+from mnist_cli.dataset import download
+from mnist_cli.dataset.cache import cached
+from mnist_cli.dataset.decode import Decoded, decode
+from mnist_cli.dataset.download import Patience
+from mnist_cli.dataset.sources import Source, data_root
+from mnist_cli.errors import DataError
+
+
+def load(
+    source: Source,
+    root: str | None,
+    mirror: str | None = None,
+    patience: Patience | None = None,
+    context: ssl.SSLContext | None = None,
+) -> Decoded:
+    """The official sets of `source`.
+
+    Args:
+        source: the dataset.
+        root: see `data_root`; it may be read-only where the files are there.
+        mirror: https address to download from instead of the source's own.
+        patience: see `download.fetch`.
+        context: see `download.fetch`.
+
+    Raises:
+        DataError: the files are damaged, or neither there nor to be had.
+        UsageError: `mirror` isn't an https address.
+    """
+    folder = data_root(root)
+    paths = source.find(folder)
+    if paths is None:
+        download.fetch(source, folder, mirror, patience, context)
+        paths = source.find(folder)
+    if paths is None:
+        raise DataError(
+            f"{source.name}: its files vanished from {folder}", "see who else writes to that folder"
+        )
+    found = paths
+    return cached(source.name, found, lambda: decode(source, found))

@@ -1,0 +1,121 @@
+"""Files that are whole or absent, whatever happens to the process, and locks that die with it.
+
+The accepted minimum for a durable replace: a temporary file in the same folder, write, fsync,
+rename, fsync of the folder. Readers never see a part; a stale temporary carries the process id of
+its dead writer and is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mnist_cli.errors import LockedError, ResourceError
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put `data` at `path`, durably and all at once.
+
+    Raises:
+        ResourceError: the disk is full, read-only or broken; what stood at `path` still stands.
+    """
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with writing(path):
+        temporary.unlink(missing_ok=True)
+        try:
+            descriptor = os.open(temporary, flags, 0o644)
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a ResourceError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        hints = {
+            errno.ENOSPC: "free some space, or name another folder with out=DIR",
+            errno.EDQUOT: "free some space, or name another folder with out=DIR",
+            errno.EROFS: "name a folder that can be written to: out=DIR",
+            errno.EACCES: "name a folder that can be written to: out=DIR",
+        }
+        raise ResourceError(
+            f"can't write {path}: {error.strerror or error}",
+            hints.get(error.errno or 0, "check the disk, or name another folder with out=DIR"),
+        ) from error
+
+
+def remove_stale_temporaries(folder: Path) -> None:
+    """Remove the temporaries of `write` in `folder` whose process is gone."""
+    for entry in folder.iterdir():
+        match = _TEMPORARY.fullmatch(entry.name)
+        if match and not _is_alive(int(match["pid"])):
+            with contextlib.suppress(OSError):
+                entry.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return pid != os.getpid()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process. The kernel lets go when the process ends, however it ends.
+
+    Raises:
+        LockedError: another process holds it.
+    """
+    path = folder / ".lock"
+    with writing(path):
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
+            raise LockedError(
+                f"{folder} is in use by process {holder}",
+                f"wait for it or stop it (kill {holder}), or name another folder with out=DIR",
+            ) from None
+        with writing(path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)

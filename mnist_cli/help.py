@@ -1,0 +1,168 @@
+"""`--help`, `<command> --help` and `list`: plain text of at most 100 columns.
+
+All that they say about commands, groups, options and keys comes from `conf`. Standard library only.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mnist_cli import conf
+from mnist_cli.errors import UsageError, shown
+
+WIDTH = 100
+
+EXAMPLES = {
+    "": (
+        "mnist-cli train model=cnn optim=adam dataset=digits",
+        "mnist-cli train -m optim.lr=0.1,0.01 seed=0,1,2",
+        "mnist-cli eval checkpoint=outputs/train/RUN",
+    ),
+    "train": (
+        "mnist-cli train model=mlp optim=momentum optim.lr=0.05 epochs=20",
+        "mnist-cli train dataset=digits 'model.hidden=[64,32]' model=mlp out=runs/small",
+        "mnist-cli train -m model=linear,cnn seed=0,1,2",
+    ),
+    "eval": (
+        "mnist-cli eval checkpoint=outputs/train/RUN",
+        "mnist-cli eval checkpoint=outputs/train/RUN/last.safetensors split=val",
+        "mnist-cli eval checkpoint=model.onnx device=cpu --json",
+    ),
+    "export": (
+        "mnist-cli export checkpoint=outputs/train/RUN format=onnx",
+        "mnist-cli export checkpoint=outputs/train/RUN format=onnx quantize=int8 out=deploy",
+        "mnist-cli export checkpoint=outputs/train/RUN format=torch_export overwrite=true",
+    ),
+    "list": ("mnist-cli list", "mnist-cli list optim", "mnist-cli list --json"),
+}
+
+
+def usage() -> str:
+    """What `mnist-cli --help` prints."""
+    about = (
+        "Train, evaluate and export small PyTorch baselines from the command line. A run is"
+        " composed of one option from each group (model=cnn optim=adam ...); any key of the"
+        " configuration can be set as key=value, and swept over with -m key=a,b."
+    )
+    return _join(
+        "usage: mnist-cli COMMAND [group=option ...] [key=value ...] [flags]",
+        textwrap.fill(about, WIDTH),
+        "Commands (mnist-cli COMMAND --help shows what each takes):\n"
+        + _rows(conf.COMMANDS.items()),
+        "Flags, anywhere on the line:\n" + _rows(conf.FLAGS.items()),
+        "Completion of commands, options and keys, for a shell's start-up file:\n"
+        + _rows(
+            [
+                ("bash", 'eval "$(mnist-cli -sc install=bash)"'),
+                ("zsh", 'eval "$(mnist-cli -sc install=zsh)"'),
+                ("fish", "mnist-cli -sc install=fish | source"),
+            ]
+        ),
+        _examples(""),
+        "Exit codes: 0 done, 1 fault of the program, 2 usage, 3 data, 4 checkpoint, 5 diverged,\n"
+        "6 out of memory or disk, 7 run folder in use, 8 export differs, 130 and 143 interrupted",
+    )
+
+
+def command_usage(command: str, config_dirs: Sequence[str | Path] = ()) -> str:
+    """What `mnist-cli COMMAND --help` prints, the options in `config_dirs` included."""
+    chosen = conf.default_options(command, config_dirs)
+    keys = conf.command_keys(command, config_dirs)
+    parts = [f"usage: mnist-cli {_synopsis(command, keys)}", f"{conf.COMMANDS[command]}."]
+    if command == "list":
+        parts.append("Groups:\n" + _rows((group, "") for group in (*conf.GROUPS, conf.EXPERIMENT)))
+    for group, default in chosen.items():
+        options = conf.options(group, config_dirs)
+        rows = [(name, option.description) for name, option in options.items()]
+        parts.append(f"{group}=  (default {default})\n{_rows(rows)}")
+        keys += options[default].keys if default in options else ()
+    experiments = conf.options(conf.EXPERIMENT, config_dirs) if chosen else {}
+    if experiments:
+        rows = [(name, recipe.description) for name, recipe in experiments.items()]
+        parts.append(f"+{conf.EXPERIMENT}=  (a recipe that chooses all of these)\n{_rows(rows)}")
+    if keys:
+        title = "Keys, their defaults and meanings"
+        if chosen:
+            title += " (mnist-cli list shows the keys of the other options)"
+        parts.append(f"{title}:\n{_key_rows(keys)}")
+    return _join(*parts, _examples(command), "Flags: " + " ".join(conf.FLAGS))
+
+
+def list_data(
+    group: str | None = None, config_dirs: Sequence[str | Path] = ()
+) -> dict[str, list[dict[str, Any]]]:
+    """What can be chosen, for `list --json`: group -> [{name, description, keys: {key: default}}].
+
+    Raises:
+        UsageError: there is no such group.
+    """
+    groups = (*conf.GROUPS, conf.EXPERIMENT)
+    if group is not None and group not in groups:
+        raise UsageError(f"unknown group {shown(group)}", f"groups are: {', '.join(groups)}")
+    return {
+        name: [
+            {
+                "name": option.name,
+                "description": option.description,
+                "keys": {key.path: key.value for key in option.keys},
+            }
+            for option in conf.options(name, config_dirs).values()
+        ]
+        for name in (groups if group is None else (group,))
+    }
+
+
+def list_text(group: str | None = None, config_dirs: Sequence[str | Path] = ()) -> str:
+    """What can be chosen, one line each; with a `group`, the keys of its options too.
+
+    Raises:
+        UsageError: there is no such group.
+    """
+    parts = []
+    for name in list_data(group, config_dirs):
+        choices = conf.options(name, config_dirs).values()
+        plus = "+" if name == conf.EXPERIMENT else ""
+        if group is None:
+            rows = _rows([(each.name, each.description) for each in choices], width=0)
+            parts.append(f"{plus}{name}=\n{rows}" if rows else "")
+        else:
+            for each in choices:
+                title = f"{plus}{name}={each.name}  {each.description}".rstrip()
+                parts.append("\n".join(part for part in (title, _key_rows(each.keys)) if part))
+    return _join(*parts)
+
+
+def _synopsis(command: str, keys: Iterable[conf.Key]) -> str:
+    if command == "list":
+        return "list [group] [flags]"
+    required = [f"{key.path}=VALUE" for key in keys if key.default == "???"]
+    groups = ["[group=option ...]"] if conf.default_options(command) else []
+    return " ".join([command, *required, *groups, "[key=value ...]", "[flags]"])
+
+
+def _key_rows(keys: Iterable[conf.Key]) -> str:
+    defaults = {"???": "(required)"}
+    return _rows((f"{key.path}={defaults.get(key.default, key.default)}", key.text) for key in keys)
+
+
+def _examples(command: str) -> str:
+    return "Examples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[command])
+
+
+def _rows(rows: Iterable[tuple[str, str]], width: int = WIDTH) -> str:
+    """Two columns; the right one wraps at `width`, or not at all where it is 0."""
+    rows = list(rows)
+    column = 4 + max((len(left) for left, _ in rows), default=0)
+    lines = []
+    for left, right in rows:
+        first, *rest = (textwrap.wrap(right, width - column) if width else []) or [right]
+        lines.append(f"  {left}".ljust(column) + first)
+        lines += [" " * column + line for line in rest]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _join(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)

@@ -1,0 +1,314 @@
+"""The training loop: `fit` reads from top to bottom, and all that it does is a visible call."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mnist_cli import checkpoint as checkpoints
+from mnist_cli import dataset, runtime, schedule, scoring
+from mnist_cli.checkpoint import Best, Checkpoint, Progress
+from mnist_cli.config import TrainConfig, save_every_s
+from mnist_cli.console import Console
+from mnist_cli.dataset import Dataset
+from mnist_cli.errors import DivergedError, Interrupted
+from mnist_cli.loss import Loss
+from mnist_cli.run import RunFolder
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+PROFILED_STEPS = 20
+
+
+@dataclass
+class Job:
+    """All that a run works with. `forward` is the model, compiled where that was asked for."""
+
+    config: TrainConfig
+    device: torch.device
+    data: Dataset
+    model: nn.Module
+    forward: nn.Module
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    times: dict[str, float]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train) / (self.config.batch_size * self.config.grad_accum))
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            config=self.config,
+            spec=self.data.spec,
+            progress=self.progress,
+            host=runtime.Host.of(self.device),
+            model=self.model.state_dict(),
+            optim=checkpoints.optimizer_tensors(self.optimizer, self.model),
+        )
+
+
+def fit(job: Job, folder: RunFolder, console: Console) -> str:
+    """The loop. Leaves `best` and `last` in `folder` and returns why it ended."""
+    config, train, val = job.config, job.data.train, job.data.val
+    total_steps = config.epochs * job.steps_per_epoch
+    clock = SaveClock(config.save_every)
+    step, loss_sum, epoch_s = job.progress.step, job.progress.loss_sum, job.progress.epoch_s
+    with runtime.SignalWatch() as signals, console.bar() as bar, _profiler(job, folder) as profiler:
+        while step < total_steps and not is_out_of_patience(job):
+            epoch, position = divmod(step, job.steps_per_epoch)
+            order = runtime.permutation(config.seed, epoch, len(train)).to(job.device)
+            batches = order.split(config.batch_size * config.grad_accum)
+            job.model.train()
+            resumed_at_s, spent_s = time.perf_counter(), epoch_s
+            for indices in batches[position:]:
+                lr = set_lr(job, step)
+                runtime.reseed(job.device, runtime.counted_seed(config.seed, "step", step))
+                loss = take_step(job, indices, step, lr)
+                step += 1
+                position += 1
+                loss_sum += loss * len(indices)
+                profiler.step()
+                bar.show(
+                    position, len(batches), f"epoch {epoch + 1}/{config.epochs}", f"loss {loss:.4f}"
+                )
+                if position < len(batches) and (signals.received or clock.is_due(step)):
+                    epoch_s = spent_s + time.perf_counter() - resumed_at_s
+                    job.progress = _advance(job, step, loss_sum, epoch_s)
+                    save(job, folder.last)
+                    _stop_if_asked(signals, job, folder)
+            epoch_s = spent_s + time.perf_counter() - resumed_at_s
+            job.progress = _advance(job, step, 0.0, 0.0, train_s=job.progress.train_s + epoch_s)
+
+            with timed(job.times, "eval_s"):
+                scores = score(job, val, step)
+            row = {
+                "epoch": epoch + 1,
+                "step": step,
+                "lr": lr,
+                "train_loss": loss_sum / len(train),
+                **scores,
+                "seconds": epoch_s,
+                "samples_per_s": len(train) / epoch_s,
+            }
+            is_best = select(job, epoch + 1, scores)
+            _record(folder, row, console)
+            console.say(epoch_line(row, config.epochs, is_best))
+            if is_best:
+                save(job, folder.best)
+            save(job, folder.last)
+            clock.saved()
+            loss_sum = epoch_s = 0.0
+            if step < total_steps:
+                _stop_if_asked(signals, job, folder)
+    if not len(val):
+        save(job, folder.best)
+    if is_out_of_patience(job):
+        return f"no better {config.monitored} for {config.early_stop.patience} epochs"
+    return f"{config.epochs} epochs are done"
+
+
+def is_out_of_patience(job: Job) -> bool:
+    patience = job.config.early_stop.patience
+    return patience is not None and job.progress.stale_epochs >= patience
+
+
+def set_lr(job: Job, step: int) -> float:
+    """Set and return the learning rate of `step` (counted from 0)."""
+    total_steps = job.config.epochs * job.steps_per_epoch
+    factor = schedule.lr_factor(job.config.schedule, step, job.steps_per_epoch, total_steps)
+    lr = job.config.optim.lr * factor
+    for group in job.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def take_step(job: Job, indices: Tensor, step: int, lr: float) -> float:
+    """One optimizer step on the samples `indices`, (grad_accum * batch_size,) int64.
+
+    Returns:
+        The mean loss of the samples, before the step.
+
+    Raises:
+        DivergedError: the loss or the gradient is not finite; the weights are as before.
+    """
+    config, train, spec = job.config, job.data.train, job.data.spec
+    job.optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in indices.split(config.batch_size):
+        inputs = dataset.normalise(train.inputs[batch], spec.mean, spec.std)
+        with _autocast(job):
+            outputs = job.forward(inputs)
+        loss = job.loss(outputs.float(), train.targets[batch]) * (len(batch) / len(indices))
+        job.scaler.scale(loss).backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        raise diverged("loss", total, step, lr)
+    job.scaler.unscale_(job.optimizer)
+    gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not job.scaler.is_enabled() and not math.isfinite(norm):
+        raise diverged("gradient", float(norm), step, lr)
+    if config.grad_clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(job.model.parameters(), config.grad_clip, norm)
+    job.scaler.step(job.optimizer)
+    job.scaler.update()
+    return total
+
+
+def diverged(what: str, value: float, step: int, lr: float) -> DivergedError:
+    return DivergedError(
+        f"training diverged: the {what} is {value} at step {step + 1}, with learning rate {lr:g}",
+        f"type a smaller learning rate (optim.lr={lr / 10:.1g}) or grad_clip=1",
+    )
+
+
+def score(job: Job, val: dataset.Split, step: int) -> dict[str, float | None]:
+    """Loss and accuracy (or mse) on the validation split; None where there is no such split."""
+    metric = "accuracy" if job.data.spec.task == "classification" else "mse"
+    if not len(val):
+        return {"val_loss": None, f"val_{metric}": None}
+    outputs = scoring.answers(job.model, job.data.spec, val)
+    scores = scoring.summary(outputs, val, job.data.spec, job.loss)
+    if not math.isfinite(scores["loss"]):
+        raise diverged(
+            "validation loss", scores["loss"], step - 1, job.optimizer.param_groups[0]["lr"]
+        )
+    return {f"val_{name}": value for name, value in scores.items()}
+
+
+def select(job: Job, epoch: int, scores: dict[str, float | None]) -> bool:
+    """Whether this epoch is the best so far; remembers it if so.
+
+    A tie goes to the later epoch, which has learned from more steps, but doesn't count as progress
+    for early stopping. Without a validation split the newest weights are the result.
+    """
+    monitor = job.config.monitored if len(job.data.val) else None
+    value = scores[monitor] if monitor else None
+    before = job.progress.best
+    gain = math.inf
+    if value is not None and before is not None and before.value is not None:
+        gain = value - before.value if monitor == "val_accuracy" else before.value - value
+    stale = 0 if gain > 0 else job.progress.stale_epochs + 1
+    new = Best(epoch=epoch, step=job.progress.step, monitor=monitor, value=value)
+    best = new if gain >= 0 else before
+    job.progress = dataclasses.replace(job.progress, best=best, stale_epochs=stale)
+    return gain >= 0 and monitor is not None
+
+
+def save(job: Job, path: Path) -> None:
+    """Write a checkpoint, unless its weights would not be finite."""
+    for name, tensor in job.model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            lr = job.optimizer.param_groups[0]["lr"]
+            raise diverged(f"weight {name}", math.nan, job.progress.step - 1, lr)
+    checkpoints.save(path, job.checkpoint())
+
+
+class SaveClock:
+    """Says when `save_every` asks for a checkpoint inside an epoch."""
+
+    def __init__(self, every: int | str | None) -> None:
+        self._steps = every if isinstance(every, int) else None
+        self._seconds = save_every_s(every) if isinstance(every, str) else None
+        self.saved()
+
+    def saved(self) -> None:
+        self._saved_s = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        if self._steps is not None:
+            return step % self._steps == 0
+        if self._seconds is not None and time.monotonic() - self._saved_s >= self._seconds:
+            self.saved()
+            return True
+        return False
+
+
+def epoch_line(row: dict[str, Any], epochs: int, is_best: bool) -> str:
+    width = len(str(epochs))
+    parts = [f"epoch {row['epoch']:>{width}}/{epochs}", f"lr {row['lr']:.2e}"]
+    parts.append(f"train loss {row['train_loss']:.4f}")
+    if row["val_loss"] is not None:
+        parts.append(f"val loss {row['val_loss']:.4f}")
+    if row.get("val_accuracy") is not None:
+        parts.append(f"val accuracy {row['val_accuracy']:.2%}")
+    parts += [f"{row['seconds']:.1f} s", f"{row['samples_per_s']:,.0f}/s"]
+    return "  ".join(parts) + ("  *" if is_best else "")
+
+
+def _advance(
+    job: Job, step: int, loss_sum: float, epoch_s: float, train_s: float | None = None
+) -> Progress:
+    return dataclasses.replace(
+        job.progress,
+        step=step,
+        loss_sum=loss_sum,
+        epoch_s=epoch_s,
+        train_s=job.progress.train_s if train_s is None else train_s,
+        loss_scale=job.scaler.get_scale() if job.scaler.is_enabled() else None,
+    )
+
+
+def _record(folder: RunFolder, row: dict[str, Any], console: Console) -> None:
+    """Metrics that can't be written are said loudly but don't end a run."""
+    try:
+        folder.add_metrics(row)
+    except OSError as error:
+        console.warn(f"{folder.metrics} can't be written: {error.strerror}")
+
+
+def _stop_if_asked(signals: runtime.SignalWatch, job: Job, folder: RunFolder) -> None:
+    if signals.received is not None:
+        raise Interrupted(
+            signals.received,
+            f"interrupted at step {job.progress.step}; everything is saved in {folder.path}",
+            f"type mnist-cli train resume={folder.path}",
+        )
+
+
+def _autocast(job: Job) -> contextlib.AbstractContextManager[None]:
+    if job.config.precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(job.device.type, AUTOCAST[job.config.precision])
+
+
+@contextlib.contextmanager
+def timed(times: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        times[name] = times.get(name, 0.0) + time.perf_counter() - started
+
+
+class _NoProfiler:
+    def step(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _profiler(job: Job, folder: RunFolder) -> Iterator[Any]:
+    """With profile=true: a trace of some early steps, for chrome://tracing or ui.perfetto.dev."""
+    if not job.config.profile:
+        yield _NoProfiler()
+        return
+    from torch.profiler import profile
+    from torch.profiler import schedule as profiled
+
+    def write(profiler: Any) -> None:
+        profiler.export_chrome_trace(str(folder.path / "trace.json"))
+
+    steps = profiled(wait=1, warmup=2, active=PROFILED_STEPS, repeat=1)
+    with profile(schedule=steps, on_trace_ready=write) as profiler:
+        yield profiler

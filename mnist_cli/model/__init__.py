@@ -1,0 +1,63 @@
+"""The models: float32 inputs (B, *input_shape), already normalised, to logits (B, num_outputs).
+
+Every model has a room of its own. The names of its layers are the names of the tensors in a
+checkpoint, so renaming one makes older checkpoints unreadable.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mnist_cli.config import (
+    CnnConfig,
+    CnnDeepConfig,
+    CnnDropoutConfig,
+    LinearModelConfig,
+    MlpConfig,
+    ModelConfig,
+)
+from mnist_cli.model.cnn import Cnn, CnnDeep, CnnDropout
+from mnist_cli.model.linear import Linear
+from mnist_cli.model.mlp import Mlp
+
+
+def build_model(config: ModelConfig, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+    """Make a model on the CPU in float32, its weights drawn from torch's global generator.
+
+    Layers before a ReLU start as in He et al. (2015), "Delving Deep into Rectifiers", with zero
+    biases; the output layer starts as torch makes it.
+
+    Args:
+        config: which model.
+        input_shape: shape of one sample: (C, H, W) of an image or (F,) of a row of numbers.
+        num_outputs: classes, or 1 for a regression.
+
+    Raises:
+        UsageError: a convolutional model is asked to read samples that aren't images, or images
+            that are too small for it.
+    """
+    model = _architecture(config, input_shape, num_outputs)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and name != "output":
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # all layers here have one
+    return model
+
+
+def _architecture(config: ModelConfig, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+    match config:
+        case LinearModelConfig():
+            return Linear(input_shape, num_outputs)
+        case MlpConfig():
+            return Mlp(config.hidden, config.dropout, input_shape, num_outputs)
+        case CnnConfig():
+            return Cnn(input_shape, num_outputs)
+        case CnnDropoutConfig():
+            return CnnDropout(config.conv_dropout, config.dense_dropout, input_shape, num_outputs)
+        case CnnDeepConfig():
+            return CnnDeep(input_shape, num_outputs)
+
+
+def num_params(model: nn.Module) -> int:
+    """How many numbers the optimizer may change."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,70 @@
+"""An exported ONNX file as something that answers: what `export` proves and `eval` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mnist_cli import checkpoint as checkpoints
+from mnist_cli.config import TrainConfig
+from mnist_cli.dataset import DatasetSpec, Split
+from mnist_cli.errors import CheckpointError
+from mnist_cli.scoring import BATCH_SIZE
+
+Answer = Callable[[Split], Tensor]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported ONNX file that can be evaluated like a checkpoint."""
+
+    config: TrainConfig
+    spec: DatasetSpec
+    answer: Answer
+
+
+def load(path: Path) -> Exported:
+    """An ONNX file that `export` wrote, ready to answer.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, foreign, or keeps its weights elsewhere.
+    """
+    import onnx
+
+    try:
+        data = checkpoints.read_regular_file(path)
+        proto = onnx.load_model_from_string(data)
+        texts = {entry.key: entry.value for entry in proto.metadata_props}
+        config, spec = checkpoints.parse_provenance(texts["mnist_cli"])
+        if any(tensor.external_data for tensor in proto.graph.initializer):
+            raise ValueError("it keeps its weights in other files")
+        answer = answer_of(data)
+    except Exception as error:  # protobuf and onnxruntime have no error class in common
+        raise CheckpointError(
+            f"{path} is not an ONNX file that mnist-cli exported: {error}",
+            "name a file that mnist-cli export wrote",
+        ) from error
+    return Exported(config, spec, answer)
+
+
+def answer_of(data: bytes) -> Answer:
+    """What onnxruntime says to the raw inputs of a split, in batches."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def answer(split: Split) -> Tensor:
+        batches = split.inputs.split(BATCH_SIZE)
+        return torch.cat(
+            [torch.from_numpy(session.run(None, {name: batch.numpy()})[0]) for batch in batches]
+        )
+
+    return answer

@@ -1,0 +1,122 @@
+"""Continuing a run: which folder, from which checkpoint, and with which changes.
+
+The configuration comes out of the checkpoint; only what the user typed is laid over it. A key that
+would change the numbers of the run is refused with its name, unless `resume_allow` lists it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from mnist_cli import checkpoint as checkpoints
+from mnist_cli import schedule
+from mnist_cli.checkpoint import Checkpoint
+from mnist_cli.config import FREE_KEYS, TrainConfig, flatten, to_plain, train_config
+from mnist_cli.console import Console
+from mnist_cli.errors import CheckpointError, UsageError
+from mnist_cli.run import RunFolder
+
+# Without these the position in an epoch, or the tensors, would mean something else.
+FIXED_KEYS = ("model", "dataset", "batch_size", "grad_accum", "seed", "optim.name", "loss.name")
+
+
+def folder_of(config: TrainConfig) -> Path | None:
+    """The folder to continue in, or None for a new run.
+
+    Raises:
+        CheckpointError: `resume=RUN` names no run folder.
+    """
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        folder = Path(config.out or "")
+        return folder if _checkpoints_in(folder) else None
+    folder = Path(config.resume)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"resume={folder} is not a run folder", "name one: resume=outputs/train/RUN"
+        )
+    if not _checkpoints_in(folder):
+        raise CheckpointError(
+            f"resume={folder} holds no checkpoint", "start the run anew, or name another folder"
+        )
+    return folder
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    return [path for path in (RunFolder(folder).last, RunFolder(folder).best) if path.exists()]
+
+
+def load(
+    folder: RunFolder, given: TrainConfig, typed: Collection[str], console: Console
+) -> tuple[TrainConfig, Checkpoint]:
+    """The configuration to go on with, and where the run stands.
+
+    A damaged `last` falls back to `best`, which is older but whole, with a warning.
+
+    Raises:
+        CheckpointError: no checkpoint of the run can be used.
+        UsageError: a key was changed that would change the run.
+    """
+    reasons = []
+    for path in _checkpoints_in(folder.path):
+        try:
+            found = checkpoints.load(path)
+        except CheckpointError as error:
+            reasons.append(error.message)
+            console.warn(error.message)
+            continue
+        if reasons:
+            console.warn(f"going on from {path}, at step {found.progress.step}")
+        return merge(found.config, given, typed, folder.path), found
+    raise CheckpointError("; ".join(reasons), "no checkpoint of the run is whole: start it anew")
+
+
+def merge(
+    stored: TrainConfig, given: TrainConfig, typed: Collection[str], folder: Path
+) -> TrainConfig:
+    """`stored` with the `typed` keys of `given` laid over it."""
+    merged, plain = to_plain(stored), to_plain(given)
+    if "experiment" in typed:
+        merged = copy.deepcopy(plain)
+    for key in typed:
+        *parents, leaf = key.split(".")
+        source, target = plain, merged
+        for parent in parents:
+            source, target = source[parent], target[parent]
+        if leaf in source:
+            target[leaf] = source[leaf]
+    for key in ("resume", "resume_allow", "save_every", "profile", "device"):
+        if key in ("device", "save_every") and key not in typed:
+            continue
+        merged[key] = plain[key]
+    new = train_config(merged | {"resume": None, "out": str(folder)})
+    _check_changes(stored, new, given.resume_allow)
+    return new
+
+
+def _check_changes(stored: TrainConfig, new: TrainConfig, allowed: Collection[str]) -> None:
+    before, after = flatten(to_plain(stored)), flatten(to_plain(new))
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key), after.get(key)
+        if was == now or key in FREE_KEYS:
+            continue
+        if key == "epochs" and new.epochs > stored.epochs and schedule.may_extend(new.schedule):
+            continue
+        fixed = any(key == name or key.startswith(f"{name}.") for name in FIXED_KEYS)
+        if fixed or key not in allowed:
+            raise UsageError(
+                f"{key}={_word(now)} differs from the run's {key}={_word(was)}",
+                f"leave {key} away, or start a new run"
+                if fixed
+                else f"leave {key} away, or allow it: resume_allow=[{key}]",
+            )
+
+
+def _word(value: Any) -> str:
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )

@@ -1,0 +1,196 @@
+"""The folder of a run: its name, its lock, and the files in it that are not checkpoints.
+
+config.yaml  overrides.txt  metrics.csv  result.json  train.log     (and best/last.safetensors)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import datetime
+import io
+import json
+import os
+import secrets
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnist_cli import durable
+from mnist_cli.config import TrainConfig, to_plain
+from mnist_cli.console import Console
+from mnist_cli.errors import UsageError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and records of one run. Made by `create` or `reopen`, which hold its lock."""
+
+    path: Path
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last.safetensors"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    def write_config(self, config: TrainConfig) -> None:
+        """config.yaml (the whole resolved configuration) and overrides.txt (the command)."""
+        durable.write(self.path / "config.yaml", _yaml(to_plain(config)).encode())
+        durable.write(self.path / "overrides.txt", f"{command_of(config)}\n".encode())
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        durable.write(self.result, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+
+    def read_result(self) -> dict[str, Any] | None:
+        """What `write_result` wrote, or None where there is nothing that can be read."""
+        try:
+            found = json.loads(self.result.read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def add_metrics(self, row: dict[str, float | int | None]) -> None:
+        """Append the row of an epoch, durably; the first one brings the head along."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, row, lineterminator="\n")
+        if not self.metrics.exists():
+            writer.writeheader()
+        writer.writerow(row)
+        with open(self.metrics, "a") as file:
+            file.write(text.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def keep_metrics_until(self, epoch: int) -> None:
+        """Drop the rows after `epoch`, and a row cut off by a crash: they will be written again."""
+        if not self.metrics.exists():
+            return
+        head, *rows = self.metrics.read_text().splitlines(keepends=True) or [""]
+        whole = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= epoch]
+        durable.write(self.metrics, (head + "".join(whole)).encode() if whole else b"")
+        if not whole:
+            self.metrics.unlink()
+
+    @contextlib.contextmanager
+    def log(self, console: Console) -> Iterator[None]:
+        """Let what `console` says go to train.log too."""
+        with durable.writing(self.path / "train.log"):
+            file = open(self.path / "train.log", "a", encoding="utf-8")  # noqa: SIM115 - closed below
+        with contextlib.closing(file), console.logging_to(file):
+            yield
+
+
+@contextlib.contextmanager
+def create(out: str | None, parent: str) -> Iterator[RunFolder]:
+    """A new folder, held for this process: `out`, or an own one under `parent`.
+
+    Raises:
+        UsageError: `out` holds a run already.
+        LockedError: another process is making a run in `out`.
+        ResourceError: the folder can't be made.
+    """
+    folder = Path(out) if out is not None else unique_folder(Path(parent))
+    with durable.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with durable.locked(folder):
+        durable.remove_stale_temporaries(folder)
+        if holds_run(folder):
+            raise UsageError(
+                f"out={folder} holds a run already",
+                "type resume=auto to continue it, or name another folder",
+            )
+        yield RunFolder(folder)
+
+
+@contextlib.contextmanager
+def reopen(folder: Path) -> Iterator[RunFolder]:
+    """The folder of an earlier run, held for this process.
+
+    Raises:
+        LockedError: another process is at it.
+    """
+    with durable.locked(folder):
+        durable.remove_stale_temporaries(folder)
+        yield RunFolder(folder)
+
+
+def holds_run(folder: Path) -> bool:
+    return any(
+        (folder / name).exists() for name in ("config.yaml", "last.safetensors", "result.json")
+    )
+
+
+def unique_folder(parent: Path) -> Path:
+    """Make `<parent>/<date>_<time>_<id>`; never one that is there already."""
+    while True:
+        stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        folder = parent / f"{stamp}_{secrets.token_hex(3)}"
+        with durable.writing(folder):
+            parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+
+
+def command_of(config: TrainConfig) -> str:
+    """The exact command that repeats a run: every group and every key, ready for a shell."""
+    words = ["mnist-cli", "train"]
+    for key, value in to_plain(config).items():
+        if key in ("out", "resume", "resume_allow"):
+            continue
+        if isinstance(value, dict) and "name" in value:
+            words.append(f"{key}={value['name']}")
+            words += [f"{key}.{k}={_override(v)}" for k, v in value.items() if k != "name"]
+        elif isinstance(value, dict):
+            words += [f"{key}.{k}={_override(v)}" for k, v in value.items()]
+        else:
+            words.append(f"{key}={_override(value)}")
+    return shlex.join(words)
+
+
+def _override(value: Any) -> str:
+    """`value` in Hydra's override grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(_override(item) for item in value)}]"
+    if isinstance(value, str):
+        plain = value.replace("_", "").isalnum() and not value[0].isdigit()
+        return value if plain else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return repr(value)
+
+
+def _yaml(tree: dict[str, Any], indent: str = "") -> str:
+    """A tree of dicts, lists and plain values as YAML; JSON is YAML's notation for the leaves."""
+    lines = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            lines.append(f"{indent}{key}:\n{_yaml(value, indent + '  ')}")
+        else:
+            lines.append(f"{indent}{key}: {_leaf(value)}\n")
+    return "".join(lines)
+
+
+def _leaf(value: Any) -> str:
+    """JSON, but with a point in `1e-08`, which YAML 1.1 would take for text."""
+    if isinstance(value, list):
+        return f"[{', '.join(_leaf(item) for item in value)}]"
+    text = json.dumps(value)
+    return text.replace("e", ".0e", 1) if isinstance(value, float) and "." not in text else text

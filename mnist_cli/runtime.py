@@ -1,0 +1,124 @@
+"""The device, the threads, and randomness that is counted instead of carried.
+
+Every random number comes from a generator that was seeded by (seed, purpose, index): the order of
+an epoch by (seed, "order", epoch), dropout by (seed, "step", step). So nothing has to be stored for
+a run to continue exactly, and nothing leaks from one run of a process into the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import signal
+import types
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mnist_cli.errors import Interrupted, UsageError
+
+
+def resolve_device(name: str, precision: str = "float32") -> torch.device:
+    """The device that `name` (auto, cpu, cuda, cuda:N) means on this machine.
+
+    Raises:
+        UsageError: there is no such CUDA device, or `precision` isn't available on the device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA"
+        raise UsageError(f"device={name} is not there: this machine has {found}", "type device=cpu")
+    if precision != "float32" and device.type != "cuda":
+        raise UsageError(
+            f"precision={precision} needs CUDA, but the device is {device}",
+            "type precision=float32",
+        )
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return device
+
+
+def counted_seed(seed: int, purpose: str, index: int = 0) -> int:
+    """63 bits that depend on nothing but the arguments."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def reseed(device: torch.device, value: int) -> None:
+    """Seed the default generator of `device`: dropout and initial weights draw from it."""
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(value)
+    else:
+        torch.default_generator.manual_seed(value)
+
+
+def permutation(seed: int, epoch: int, length: int) -> Tensor:
+    """The order of an epoch: (length,) int64 on the CPU, the same on every device."""
+    generator = torch.Generator().manual_seed(counted_seed(seed, "order", epoch))
+    return torch.randperm(length, generator=generator)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What decides, besides configuration and data, on the last bit of a result."""
+
+    torch_version: str
+    python_version: str
+    device: str
+    threads: int
+    capability: str
+
+    @classmethod
+    def of(cls, device: torch.device) -> Host:
+        on_gpu = device.type == "cuda"
+        return cls(
+            torch_version=torch.__version__,
+            python_version=platform.python_version(),
+            device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
+            threads=torch.get_num_threads(),
+            capability=torch.backends.cpu.get_cpu_capability(),
+        )
+
+    def differences(self, then: Host) -> list[str]:
+        """What differs from the machine of an earlier run, in words."""
+        return [
+            f"the run had {name}={getattr(then, name)}, here it is {getattr(self, name)}:"
+            " last digits may differ"
+            for name in ("torch_version", "device", "threads", "capability")
+            if getattr(then, name) != getattr(self, name)
+        ]
+
+
+class SignalWatch:
+    """Notes SIGINT and SIGTERM so that the loop can finish its step and save.
+
+    The second signal leaves at once; the last checkpoint on disk is whole at any instant.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> SignalWatch:
+        self._before = {number: signal.signal(number, self._note) for number in _STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: types.FrameType | None) -> None:
+        if self.received is not None:
+            raise Interrupted(
+                number, "stopped at once by a second signal", "type resume=RUN to continue the run"
+            )
+        self.received = number
+
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

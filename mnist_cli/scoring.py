@@ -1,0 +1,89 @@
+"""The answers of a model on a split, and what they are worth.
+
+Training, `eval` and `export` all ask through here, in batches of the same size, so that the same
+weights give the same numbers to the last bit wherever they are measured on one machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mnist_cli import dataset, metrics
+from mnist_cli.console import Console
+from mnist_cli.dataset import DatasetSpec, Split
+from mnist_cli.loss import Loss
+
+BATCH_SIZE = 500
+
+
+def answers(model: nn.Module, spec: DatasetSpec, split: Split) -> Tensor:
+    """The outputs of `model` for the samples of `split`, in order: (N, K) float32."""
+    model.eval()
+    with torch.inference_mode():
+        batches = [
+            model(dataset.normalise(inputs, spec.mean, spec.std))
+            for inputs in split.inputs.split(BATCH_SIZE)
+        ]
+    return torch.cat(batches)
+
+
+def summary(outputs: Tensor, split: Split, spec: DatasetSpec, loss: Loss) -> dict[str, float]:
+    """What an epoch's line shows: loss, and accuracy or mse."""
+    value = float(loss(outputs, split.targets))
+    if spec.task == "classification":
+        hits = int((outputs.argmax(dim=1) == split.targets).sum())
+        return {"loss": value, "accuracy": hits / len(split)}
+    return {"loss": value, "mse": float((outputs - split.targets).double().square().mean())}
+
+
+def measure(outputs: Tensor, split: Split, spec: DatasetSpec, loss: Loss) -> dict[str, Any]:
+    """All metrics of the contract, of (N, K) float32 outputs."""
+    value = float(loss(outputs, split.targets))
+    outputs, targets = outputs.cpu(), split.targets.cpu()
+    if spec.task == "classification":
+        return metrics.classification(outputs, targets, value, spec.classes)
+    return metrics.regression(outputs, targets, value)
+
+
+def show(measured: dict[str, Any], console: Console) -> None:
+    """The metrics as tables: the whole, then a row for each class."""
+    if "accuracy" not in measured:
+        rows = [(name, _number(measured[name])) for name in ("n", "loss", "mse", "mae", "r2")]
+        console.table(("metric", "value"), rows)
+        return
+    low, high = measured["accuracy_ci95"]
+    rows = [
+        ("n", f"{measured['n']:,}"),
+        ("accuracy", f"{measured['accuracy']:.2%}"),
+        ("95% interval", f"{low:.2%} to {high:.2%}"),
+        *(
+            (name, _number(measured[name]))
+            for name in ("loss", "precision", "recall", "f1", "auc", "ece")
+        ),
+    ]
+    console.table(("metric", "value"), rows)
+    console.table(
+        ("class", "precision", "recall", "f1", "support"),
+        [
+            (
+                str(row["label"]),
+                *(f"{row[name]:.4f}" for name in ("precision", "recall", "f1")),
+                f"{row['support']:,}",
+            )
+            for row in measured["per_class"]
+        ],
+    )
+
+
+def cell(name: str, value: float | None) -> str:
+    """A metric as people read it."""
+    return f"{value:.2%}" if name == "accuracy" and value is not None else _number(value)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,107 @@
+"""A sweep: its folder, the folder of each job, and the jobs in order.
+
+A failed job never stops the rest. Randomness is counted and every job builds all that it uses, so a
+job of a sweep gives the same numbers as the same run alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mnist_cli.config import EvalConfig, ExportConfig, TrainConfig, config_hash
+from mnist_cli.console import Console
+from mnist_cli.errors import MnistCliError, SweepError, UsageError
+
+SWEEPS = "outputs/sweep"
+
+
+class Job(NamedTuple):
+    """One job: the overrides that make it, and the configuration that came of them."""
+
+    words: tuple[str, ...]
+    config: TrainConfig | EvalConfig | ExportConfig
+
+
+def run(
+    jobs: Sequence[Job], console: Console, command: Callable[[Job, Console], dict[str, Any]]
+) -> int:
+    """Run every job, whatever happens to the others.
+
+    Raises:
+        SweepError: some jobs failed; the others are done.
+    """
+    folder = _folder_of(jobs)
+    documents = []
+    for number, job in enumerate(jobs, 1):
+        console.say(f"job {number}/{len(jobs)}  {_difference(job, jobs) or 'as it stands'}")
+        placed_job = placed(job, folder, jobs) if folder is not None else job
+        try:
+            documents.append(command(placed_job, console))
+        except MnistCliError as error:
+            console.say(f"failed   {error.message}")
+            documents.append(
+                {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            )
+        console.say()
+    failed = sum("exit_code" in document for document in documents)
+    rows = [
+        (_difference(job, jobs) or "-", _outcome(document))
+        for job, document in zip(jobs, documents, strict=True)
+    ]
+    console.table(("job", "result"), rows)
+    if failed:
+        where = f" in {folder}" if folder else ""
+        raise SweepError(
+            f"{failed} of {len(jobs)} jobs failed{where}",
+            "their error lines stand above, and in train.log",
+        )
+    console.document({"sweep_dir": None if folder is None else str(folder), "jobs": documents})
+    return 0
+
+
+def _folder_of(jobs: Sequence[Job]) -> Path | None:
+    """The folder of a sweep of `train`; the other commands write nothing of their own."""
+    if not isinstance(jobs[0].config, TrainConfig):
+        return None
+    names = {job.config.out for job in jobs}
+    if len(names) > 1:
+        raise UsageError("out= names one folder for the whole sweep", "type out=DIR once")
+    name = names.pop()
+    if name is not None:
+        return Path(name)
+    from mnist_cli.run import unique_folder
+
+    return unique_folder(Path(SWEEPS))
+
+
+def placed(job: Job, folder: Path, jobs: Sequence[Job]) -> Job:
+    """`job` with a run folder of its own: a slug of what differs, and a hash of everything."""
+    assert isinstance(job.config, TrainConfig)
+    slug = re.sub(r"[^A-Za-z0-9.=_+-]+", "_", _difference(job, jobs).replace(" ", ","))[:60].strip(
+        "_."
+    )
+    name = f"{slug or 'job'}-{config_hash(job.config)[:8]}"
+    return Job(job.words, dataclasses.replace(job.config, out=str(folder / name)))
+
+
+def _difference(job: Job, jobs: Sequence[Job]) -> str:
+    """The overrides that not all jobs share; of a single job, all of its overrides."""
+    shared = (
+        set(jobs[0].words).intersection(*(other.words for other in jobs))
+        if len(jobs) > 1
+        else set()
+    )
+    return " ".join(word for word in job.words if word not in shared)
+
+
+def _outcome(document: dict[str, Any]) -> str:
+    if "exit_code" in document:
+        return "failed"
+    best = document.get("best")
+    if best and best["value"] is not None:
+        return f"{best['monitor']} {best['value']:.4f}"
+    return "done"

@@ -1,0 +1,253 @@
+"""The command `train`: one run, from a configuration to a selected and tested model.
+
+Read `run` for the order of things, and `loop.py` for the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import time
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mnist_cli import __version__, dataset, resume, runtime, scoring
+from mnist_cli import checkpoint as checkpoints
+from mnist_cli import run as runs
+from mnist_cli.checkpoint import Checkpoint, Progress
+from mnist_cli.config import LinearModelConfig, TrainConfig, config_hash
+from mnist_cli.console import Console
+from mnist_cli.errors import DivergedError, Interrupted, MnistCliError, ResourceError
+from mnist_cli.loop import Job, fit, save, timed
+from mnist_cli.loss import build_loss
+from mnist_cli.model import build_model, num_params
+from mnist_cli.optim import build_optimizer
+from mnist_cli.run import RunFolder
+
+RUNS = "outputs/train"
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+PROFILED_STEPS = 20
+
+
+def run(
+    config: TrainConfig,
+    console: Console,
+    typed: Collection[str] = (),
+    started_s: float | None = None,
+) -> dict[str, Any]:
+    """Train, select on the validation split, test once; leave everything in the run folder.
+
+    Args:
+        typed: the keys that the user named; of a run that is resumed, the others come out of its
+            checkpoint.
+        started_s: `time.monotonic()` of the start, for the times in the result.
+
+    Returns:
+        result.json of the contract.
+
+    Raises:
+        UsageError, DataError: before anything is written.
+        CheckpointError: the run to resume has no checkpoint that can be used.
+        LockedError: another process is at the run folder.
+        DivergedError: a loss or gradient was not finite; the checkpoints before it stand.
+        ResourceError: no disk, memory or GPU memory is left; the last checkpoint stands.
+        Interrupted: by a signal, after a checkpoint was written.
+    """
+    started_s = time.monotonic() if started_s is None else started_s
+    old_folder = resume.folder_of(config)
+    if old_folder is None:
+        job = prepare(config, None, started_s)
+        with runs.create(config.out, RUNS) as folder, folder.log(console):
+            save(job, folder.last)
+            folder.write_config(job.config)
+            return _finish(job, folder, console, started_s)
+    with runs.reopen(old_folder) as folder:
+        config, before = resume.load(folder, config, typed, console)
+        result = folder.read_result()
+        if (
+            result
+            and result["status"] == "completed"
+            and result["config_hash"] == config_hash(config)
+        ):
+            console.say(f"{old_folder} is already complete at step {before.progress.step}")
+            return result
+        job = prepare(config, before, started_s)
+        with folder.log(console):
+            for difference in runtime.Host.of(job.device).differences(before.host):
+                console.warn(difference)
+            console.say(f"resuming at step {before.progress.step}")
+            folder.keep_metrics_until(before.progress.step // job.steps_per_epoch)
+            folder.write_config(job.config)
+            return _finish(job, folder, console, started_s)
+
+
+def prepare(config: TrainConfig, before: Checkpoint | None, started_s: float) -> Job:
+    """Device, data, model, loss and optimizer; as they stood at the checkpoint `before`, if any."""
+    times = {"startup_s": time.monotonic() - started_s}
+    device = runtime.resolve_device(config.device, config.precision)
+    with timed(times, "data_s"):
+        data = dataset.load(config.dataset, config.seed)
+        data = dataclasses.replace(
+            data, train=data.train.to(device), val=data.val.to(device), test=data.test.to(device)
+        )
+    runtime.reseed(torch.device("cpu"), runtime.counted_seed(config.seed, "init"))
+    model = build_model(config.model, data.spec.input_shape, data.spec.num_outputs).to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    if before is not None:
+        model.load_state_dict(before.model)
+    optimizer = build_optimizer(config.optim, model)
+    if before is not None:
+        checkpoints.restore_optimizer(optimizer, model, before.optim)
+        if before.progress.loss_scale is not None:
+            scaler.load_state_dict(scaler.state_dict() | {"scale": before.progress.loss_scale})
+    return Job(
+        config=config,
+        device=device,
+        data=data,
+        model=model,
+        forward=torch.compile(model) if config.compile else model,  # type: ignore[arg-type]
+        loss=build_loss(config.loss, data.spec.task),
+        optimizer=optimizer,
+        scaler=scaler,
+        progress=Progress() if before is None else before.progress,
+        times=times | {"eval_s": 0.0},
+    )
+
+
+# --- around the loop -----------------------------------------------------------------------------
+
+
+def _finish(job: Job, folder: RunFolder, console: Console, started_s: float) -> dict[str, Any]:
+    """Fit, test, record; and record as well what went wrong."""
+    banner(job, folder, console)
+    try:
+        with _memory_errors(job.config):
+            reason = fit(job, folder, console)
+            selected = checkpoints.load(folder.best)
+            model = selected.build_model(job.device)
+            with timed(job.times, "eval_s"):
+                measured = {
+                    name: _measure(job, model, split) if len(split) else None
+                    for name, split in (("val", job.data.val), ("test", job.data.test))
+                }
+    except (MnistCliError, Interrupted, KeyboardInterrupt) as error:
+        status = {
+            DivergedError: "diverged",
+            Interrupted: "interrupted",
+            KeyboardInterrupt: "interrupted",
+        }
+        result = _result(job, folder, status.get(type(error), "failed"), started_s)
+        with contextlib.suppress(ResourceError):
+            folder.write_result(result | {"error": getattr(error, "message", "interrupted")})
+        raise
+    result = _result(job, folder, "completed", started_s) | measured
+    result["model"] |= _learned_line(job, model)
+    folder.write_result(result)
+    _show(result, reason, folder, console)
+    return result
+
+
+def _measure(job: Job, model: nn.Module, split: dataset.Split) -> dict[str, Any]:
+    outputs = scoring.answers(model, job.data.spec, split)
+    return scoring.measure(outputs, split, job.data.spec, job.loss)
+
+
+def _result(job: Job, folder: RunFolder, status: str, started_s: float) -> dict[str, Any]:
+    """result.json of the contract, without what is only known at the end of a completed run."""
+    best, progress, spec = job.progress.best, job.progress, job.data.spec
+    samples = progress.step / job.steps_per_epoch * len(job.data.train)
+    times = job.times | {"train_s": progress.train_s + progress.epoch_s}
+    return {
+        "schema": runs.SCHEMA,
+        "command": "train",
+        "status": status,
+        "error": None,
+        "config_hash": config_hash(job.config),
+        "seed": job.config.seed,
+        "device": str(job.device),
+        "run_dir": str(folder.path),
+        "versions": {
+            "mnist_cli": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "dataset": {
+            "name": spec.name,
+            "task": spec.task,
+            "n_train": len(job.data.train),
+            "n_val": len(job.data.val),
+            "n_test": len(job.data.test),
+            "digest": spec.digest,
+        },
+        "model": {"name": job.config.model.name, "num_params": num_params(job.model)},
+        "best": None if best is None else dataclasses.asdict(best),
+        "val": None,
+        "test": None,
+        "time": {"total_s": time.monotonic() - started_s} | times,
+        "samples_per_s": samples / times["train_s"] if times["train_s"] else None,
+    }
+
+
+def _learned_line(job: Job, model: nn.Module) -> dict[str, Any]:
+    if not isinstance(job.config.model, LinearModelConfig) or job.config.task != "regression":
+        return {}
+    weight, bias = model.state_dict().values()
+    return {"weight": weight.tolist(), "bias": bias.tolist()}
+
+
+def banner(job: Job, folder: RunFolder, console: Console) -> None:
+    config, data = job.config, job.data
+    threads = f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else ""
+    console.say(f"model    {config.model.name}, {num_params(job.model):,} parameters")
+    console.say(
+        f"data     {data.spec.name}: {len(data.train):,} to train, {len(data.val):,} to validate,"
+        f" {len(data.test):,} to test"
+    )
+    console.say(
+        f"optim    {config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name},"
+        f" loss {config.loss.name}"
+    )
+    selects = f"by {config.monitored}" if len(data.val) else "nothing, the last epoch is the result"
+    console.say(f"select   {selects}")
+    console.say(f"device   {job.device}{threads}, {config.precision}")
+    console.say(f"run      {folder.path}")
+
+
+def _show(result: dict[str, Any], reason: str, folder: RunFolder, console: Console) -> None:
+    best, splits = result["best"], [name for name in ("val", "test") if result[name]]
+    console.say(f"stopped  {reason}")
+    chosen = f"the best {best['monitor']}" if best["monitor"] else "the last one"
+    console.say(f"selected epoch {best['epoch']} ({chosen})")
+    names = (
+        ("loss", "mse", "mae", "r2")
+        if "mse" in result["test"]
+        else ("loss", "accuracy", "f1", "ece")
+    )
+    rows = [
+        (name, *(scoring.cell(name, result[split][name]) for split in splits)) for name in names
+    ]
+    console.table(("metric", *splits), rows)
+    if "accuracy" in result["test"]:
+        low, high = result["test"]["accuracy_ci95"]
+        console.say(f"test accuracy lies between {low:.2%} and {high:.2%} (95%)")
+    console.say("next     " + f"mnist-cli eval checkpoint={folder.path}")
+    console.say("         " + f"mnist-cli export checkpoint={folder.path} format=onnx")
+
+
+@contextlib.contextmanager
+def _memory_errors(config: TrainConfig) -> Iterator[None]:
+    hint = f"type a smaller batch: batch_size={max(1, config.batch_size // 2)}"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError("out of GPU memory", hint) from error
+    except MemoryError as error:
+        raise ResourceError("out of memory", hint) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise ResourceError("out of memory", hint) from error
