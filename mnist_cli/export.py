@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_cli import __version__, dataset, durable, onnx_file, scoring
+from mnist_cli import __version__, durable, onnx_file, scoring
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.config import ExportConfig, to_plain
 from mnist_cli.console import Console
-from mnist_cli.dataset import DatasetSpec, Split
+from mnist_cli.dataset import DatasetSpec, Normalise, Split
 from mnist_cli.errors import ParityError, UsageError
 from mnist_cli.onnx_file import Answer
 
@@ -39,11 +39,11 @@ class Deployable(nn.Module):
 
     def __init__(self, model: nn.Module, spec: DatasetSpec) -> None:
         super().__init__()
+        self.normalise = Normalise(spec)
         self.model = model
-        self.spec = spec
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.model(dataset.normalise(inputs, self.spec.mean, self.spec.std))  # type: ignore[no-any-return]
+        return self.model(self.normalise(inputs))  # type: ignore[no-any-return]
 
 
 def run(config: ExportConfig, console: Console) -> dict[str, Any]:

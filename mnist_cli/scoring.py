@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_cli import dataset, metrics
+from mnist_cli import metrics
 from mnist_cli.console import Console
-from mnist_cli.dataset import DatasetSpec, Split
+from mnist_cli.dataset import DatasetSpec, Normalise, Split
 from mnist_cli.loss import Loss
 
 BATCH_SIZE = 500
@@ -21,12 +21,10 @@ BATCH_SIZE = 500
 
 def answers(model: nn.Module, spec: DatasetSpec, split: Split) -> Tensor:
     """The outputs of `model` for the samples of `split`, in order: (N, K) float32."""
+    normalise = Normalise(spec).to(split.inputs.device)
     model.eval()
     with torch.inference_mode():
-        batches = [
-            model(dataset.normalise(inputs, spec.mean, spec.std))
-            for inputs in split.inputs.split(BATCH_SIZE)
-        ]
+        batches = [model(normalise(inputs)) for inputs in split.inputs.split(BATCH_SIZE)]
     return torch.cat(batches)
 
 

@@ -21,6 +21,7 @@ from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
 from mnist_cli.config import LinearModelConfig, TrainConfig, config_hash
 from mnist_cli.console import Console
+from mnist_cli.dataset import Normalise
 from mnist_cli.errors import DivergedError, Interrupted, MnistCliError, ResourceError
 from mnist_cli.loop import Job, fit, save, timed
 from mnist_cli.loss import build_loss
@@ -108,6 +109,7 @@ def prepare(config: TrainConfig, before: Checkpoint | None, started_s: float) ->
         config=config,
         device=device,
         data=data,
+        normalise=Normalise(data.spec).to(device),
         model=model,
         forward=torch.compile(model) if config.compile else model,  # type: ignore[arg-type]
         loss=build_loss(config.loss, data.spec.task),

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from mnist_cli.config import DigitsConfig, EmnistConfig, ImageFilesConfig, LinearDatasetConfig
 from mnist_cli.dataset import (
     DatasetSpec,
+    Normalise,
     Split,
     cache,
     image_files,
     load,
-    normalise,
     sources,
     split,
 )
@@ -122,10 +122,15 @@ def test_statistics_are_exact() -> None:
     assert statistics(torch.full((2, 1, 2, 2), 255, dtype=torch.uint8)) == ((1.0,), (1.0,))
 
 
+def spec_of(mean: tuple[float, ...], std: tuple[float, ...]) -> DatasetSpec:
+    return DatasetSpec("any", "classification", (3, 8, 8), ("a", "b"), mean, std, "")
+
+
 def test_normalise_makes_zero_mean_and_unit_deviation() -> None:
     images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (50, 3, 8, 8), np.uint8))
     mean, std = statistics(images)
-    normal = normalise(images, mean, std)
+    normalise = Normalise(spec_of(mean, std))
+    normal = normalise(images)
     assert normal.dtype == torch.float32 and normal.shape == images.shape
     assert normal.mean((0, 2, 3)).abs().max() < 1e-5
     assert (normal.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
@@ -133,12 +138,12 @@ def test_normalise_makes_zero_mean_and_unit_deviation() -> None:
         3, 1, 1
     )
     assert (normal - expected).abs().max() < 1e-5
-    assert torch.equal(normalise(images[7:9], mean, std), normal[7:9])
+    assert torch.equal(normalise(images[7:9]), normal[7:9])
 
 
 def test_floats_pass_unchanged() -> None:
     inputs = torch.randn(3, 2)
-    assert normalise(inputs, (), ()) is inputs
+    assert Normalise(spec_of((), ()))(inputs) is inputs
 
 
 # --- the datasets --------------------------------------------------------------------------------

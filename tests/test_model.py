@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mnist_cli.config import (
@@ -17,6 +19,7 @@ from mnist_cli.config import (
 )
 from mnist_cli.errors import UsageError
 from mnist_cli.model import build_model, num_params
+from mnist_cli.model.dropout import Dropout
 
 LINEAR = LinearModelConfig(name="linear")
 MLP = MlpConfig(name="mlp", hidden=(512, 256), dropout=0.2)
@@ -211,3 +214,32 @@ def test_exports_with_a_free_batch_size(config: ModelConfig) -> None:
     for size in (1, 2, 9):
         inputs = batch_of(size, *DIGITS)
         torch.testing.assert_close(exported(inputs), model(inputs), rtol=1e-5, atol=1e-6)
+
+
+@given(st.floats(0.05, 0.95), st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_dropout_keeps_the_mean_and_the_share(p: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    dropped = Dropout(p)(torch.ones(333, 301))
+    share = (dropped == 0).double().mean().item()
+    deviation = (p * (1 - p) / dropped.numel()) ** 0.5
+    assert abs(share - p) < 6 * deviation + 2**-16
+    assert torch.allclose(dropped[dropped != 0], torch.tensor(1 / (1 - p)))
+
+
+def test_dropout_draws_each_value_on_its_own() -> None:
+    torch.manual_seed(0)
+    kept = (Dropout(0.5)(torch.ones(1000, 4096)) != 0).double() - 0.5
+    correlation = (kept.T @ kept)[0] / 250
+    assert correlation[1:].abs().max() < 6 / 1000**0.5
+
+
+def test_dropout_is_the_identity_in_evaluation_and_repeats_with_the_seed() -> None:
+    dropout, values = Dropout(0.3), torch.randn(7, 5, requires_grad=True)
+    torch.manual_seed(3)
+    first = dropout(values)
+    torch.manual_seed(3)
+    assert torch.equal(first, dropout(values))
+    first.sum().backward()
+    assert torch.equal(values.grad != 0, first != 0)  # type: ignore[operator]
+    assert dropout.eval()(values) is values

@@ -22,14 +22,14 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnist_cli.config import DatasetConfig, DigitsConfig, LinearDatasetConfig
 from mnist_cli.dataset import digits, image_files, linear, split
 from mnist_cli.dataset.decode import Decoded, content_digest
 from mnist_cli.dataset.sources import source_of
 
-__all__ = ["Dataset", "DatasetSpec", "Split", "load", "normalise", "scale_and_shift"]
+__all__ = ["Dataset", "DatasetSpec", "Normalise", "Split", "load"]
 
 
 @dataclass(frozen=True)
@@ -110,36 +110,29 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
     return _classification(config, decoded, source.classes, seed)
 
 
-def normalise(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """What a model is fed: (pixel / 255 - mean) / std.
+class Normalise(nn.Module):
+    """What a model is fed: (pixel / 255 - mean) / std, as one multiplication and one subtraction.
 
-    Training, evaluation and export share this arithmetic: one multiplication, one subtraction.
-
-    Args:
-        inputs: (N, C, H, W) uint8; or floats, which pass unchanged, where `mean` is empty.
-        mean: `DatasetSpec.mean`.
-        std: `DatasetSpec.std`.
-
-    Returns:
-        The shape of `inputs`, float32, on its device.
+    Training, evaluation and export share this arithmetic. (N, C, H, W) uint8 becomes float32;
+    numbers (N, F) of a regression pass unchanged.
     """
-    if not mean:
-        return inputs
-    scale, shift = scale_and_shift(mean, std, inputs.device)
-    return inputs.to(torch.float32) * scale - shift
 
+    scale: Tensor
+    shift: Tensor
 
-def scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """1 / (255 std) and mean / std, (1, C, 1, 1) float32: `normalise` is pixel * scale - shift."""
-    scale = [1 / (255 * deviation) for deviation in std]
-    shift = [centre / deviation for centre, deviation in zip(mean, std, strict=True)]
-    shape = (1, len(scale), 1, 1)
-    return (
-        torch.tensor(scale, dtype=torch.float32, device=device).view(shape),
-        torch.tensor(shift, dtype=torch.float32, device=device).view(shape),
-    )
+    def __init__(self, spec: DatasetSpec) -> None:
+        super().__init__()
+        self.is_image = bool(spec.mean)
+        scale = [1 / (255 * std) for std in spec.std]
+        shift = [mean / std for mean, std in zip(spec.mean, spec.std, strict=True)]
+        self.register_buffer("scale", torch.tensor(scale).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Raw inputs to what the model takes, on their device."""
+        if not self.is_image:
+            return inputs
+        return inputs.to(torch.float32) * self.scale - self.shift
 
 
 def _classification(

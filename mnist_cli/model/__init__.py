@@ -24,9 +24,6 @@ from mnist_cli.model.mlp import Mlp
 def build_model(config: ModelConfig, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
     """Make a model on the CPU in float32, its weights drawn from torch's global generator.
 
-    Layers before a ReLU start as in He et al. (2015), "Delving Deep into Rectifiers", with zero
-    biases; the output layer starts as torch makes it.
-
     Args:
         config: which model.
         input_shape: shape of one sample: (C, H, W) of an image or (F,) of a row of numbers.
@@ -36,15 +33,6 @@ def build_model(config: ModelConfig, input_shape: tuple[int, ...], num_outputs: 
         UsageError: a convolutional model is asked to read samples that aren't images, or images
             that are too small for it.
     """
-    model = _architecture(config, input_shape, num_outputs)
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear) and name != "output":
-            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # all layers here have one
-    return model
-
-
-def _architecture(config: ModelConfig, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
     match config:
         case LinearModelConfig():
             return Linear(input_shape, num_outputs)

@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnist_cli.model.dropout import Dropout
+
 
 class Mlp(nn.Module):
     """A perceptron with `len(hidden)` hidden layers; without any it is the linear model."""
@@ -22,7 +24,7 @@ class Mlp(nn.Module):
         super().__init__()
         widths = (math.prod(input_shape), *hidden)
         self.hidden = nn.ModuleList(nn.Linear(fan_in, out) for fan_in, out in pairwise(widths))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output = nn.Linear(widths[-1], num_outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -1,0 +1,122 @@
+"""What all tests share: one cache of decoded data, one thread, and the program in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+REAL_MNIST = Path(os.environ.get("MNIST_CLI_DATA") or ROOT.parent / "shared" / "mnist")
+TORTURE = os.environ.get("MNIST_CLI_TORTURE") == "1"
+
+# Read when torch is loaded, here or in a process that a test starts: the small products of these
+# tests stall with several threads on busy cores, and bits are only equal with equal threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+class Outcome(NamedTuple):
+    """How a command ended, and what it wrote to its two streams."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """The `error:` line, without its first word."""
+        return self.stderr.splitlines()[-2].removeprefix("error: ")
+
+    @property
+    def hint(self) -> str:
+        return self.stderr.splitlines()[-1].removeprefix("hint: ")
+
+
+class Program(Protocol):
+    def __call__(self, *words: str) -> Outcome: ...
+
+
+def run_program(*words: str) -> Outcome:
+    """The command line `words`, in this process."""
+    from mnist_cli import cli
+
+    stdout, stderr = io.StringIO(), io.StringIO()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            code = cli.main(list(words))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return Outcome(code, stdout.getvalue(), stderr.getvalue())
+
+
+@pytest.fixture(scope="session")
+def mnist_cli(session_cache: Path) -> Program:
+    """Runs a command line in this process."""
+    return run_program
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder of all tests that ask for no other; never the user's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.delenv("MNIST_CLI_DATA", raising=False)
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """Hydra's global state, signal handlers and threads are as before after every test."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+    if "hydra" in sys.modules:
+        from hydra.core.global_hydra import GlobalHydra
+
+        GlobalHydra.instance().clear()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture
+def empty_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in which the test stands."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_mnist() -> Path:
+    """The folder with the files of the real MNIST."""
+    if not REAL_MNIST.is_dir():
+        pytest.skip(f"the real MNIST is not at {REAL_MNIST}: set MNIST_CLI_DATA")
+    return REAL_MNIST
+
+
+@pytest.fixture(scope="session")
+def trained(mnist_cli: Program, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives the run folder of `train` with some words; trained once, so don't write to it."""
+    folders: dict[tuple[str, ...], Path] = {}
+
+    def folder_of(*words: str) -> Path:
+        if words not in folders:
+            folder = tmp_path_factory.mktemp("run") / "run"
+            outcome = mnist_cli("train", *words, f"out={folder}", "--quiet")
+            assert outcome == (0, "", "")
+            folders[words] = folder
+        return folders[words]
+
+    return folder_of

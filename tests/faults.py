@@ -1,0 +1,522 @@
+"""Real faults for tests: a fork server, kills, full disks, crashes at a system call; and figures.
+
+A plugin of pytest (`pytest_plugins = ["faults"]`) and, started as a program, the fork server: it
+imports torch once, then forks a child for each job, so that a thousand kills take minutes. A job is
+a function of this module named in `JOBS`; it runs in the child, in a folder of its own.
+
+The numbers of a test are small in `make test` and large in `make torture` (MNIST_CLI_TORTURE=1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import ctypes
+import gc
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TORTURE = os.environ.get("MNIST_CLI_TORTURE") == "1"
+FIGURES: dict[str, dict[str, Any]] = {}
+
+# 1,365 training digits in batches of 69: 20 steps an epoch, 60 in all, about half a second.
+TRAIN = ("train", "model=mlp", "model.hidden=[16]", "dataset=digits", "batch_size=69", "epochs=3")
+
+
+def many(short: int, long: int) -> int:
+    """The number for the suite that runs."""
+    return long if TORTURE else short
+
+
+def figure(name: str, done: int, bad: int = 0, **more: Any) -> None:
+    """Note how often `name` was tried and went wrong, for the table at the end."""
+    FIGURES[name] = {"done": done, "bad": bad, **more}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not FIGURES:
+        return
+    terminalreporter.section(f"reliability, {'long' if TORTURE else 'short'} numbers")
+    for name, numbers in FIGURES.items():
+        words = [f"{value:,} {key}" for key, value in numbers.items()]
+        terminalreporter.write_line(f"{name:<58}  {', '.join(words)}")
+    if TORTURE:
+        path = ROOT / "outputs" / "torture.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(FIGURES, indent=2) + "\n")
+        terminalreporter.write_line(f"written to {path.relative_to(ROOT)}")
+
+
+# --- what a run left -----------------------------------------------------------------------------
+
+
+def tensors_hash(*groups: dict[str, Any]) -> str:
+    """SHA-256 over names, shapes and bytes of tensors."""
+    found = hashlib.sha256()
+    for group in groups:
+        for name, tensor in sorted(group.items()):
+            found.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def metrics_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without what a clock decides."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "samples_per_s")}
+            for row in csv.DictReader(file)
+        ]
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint says, without what a clock decides; raises CheckpointError."""
+    from mnist_cli import checkpoint
+    from mnist_cli.config import config_hash
+
+    found = checkpoint.load(path)
+    return {
+        "tensors": tensors_hash(found.model, found.optim),
+        "step": found.progress.step,
+        "loss_sum": found.progress.loss_sum,
+        "best": str(found.progress.best),
+        "stale_epochs": found.progress.stale_epochs,
+        "config": config_hash(found.config),
+    }
+
+
+def outcome_of(folder: Path) -> dict[str, Any]:
+    """All that must be equal between two runs of one configuration, however often interrupted."""
+    result = json.loads((folder / "result.json").read_text())
+    return {
+        "last": state_of(folder / "last.safetensors"),
+        "best": state_of(folder / "best.safetensors"),
+        "metrics": metrics_rows(folder),
+        "result": {key: result[key] for key in ("status", "config_hash", "best", "val", "test")},
+    }
+
+
+def assert_agrees(folder: Path) -> None:
+    """`best`, `last`, metrics.csv and result.json tell one story."""
+    outcome = outcome_of(folder)
+    selected = outcome["result"]["best"]
+    assert outcome["last"]["best"] == outcome["best"]["best"]
+    assert outcome["best"]["step"] == selected["step"]
+    row = outcome["metrics"][selected["epoch"] - 1]
+    assert int(row["epoch"]) == selected["epoch"] and int(row["step"]) == selected["step"]
+    if selected["monitor"]:
+        assert float(row[selected["monitor"]]) == selected["value"]
+    assert [int(row["epoch"]) for row in outcome["metrics"]] == list(
+        range(1, len(outcome["metrics"]) + 1)
+    )
+
+
+def temporaries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.endswith(".tmp"))
+
+
+def two_lines(stderr: str) -> tuple[str, str]:
+    """The text of the `error:` and the `hint:` line, which must be all that was said."""
+    lines = stderr.splitlines()
+    assert len(lines) == 2, stderr
+    assert lines[0].startswith("error: ") and lines[1].startswith("hint: "), stderr
+    assert len(lines[0]) <= 500 and len(lines[1]) <= 500
+    assert all(character.isprintable() for line in lines for character in line)
+    return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
+
+
+# --- the fork server, seen from a test -----------------------------------------------------------
+
+
+class Ended(NamedTuple):
+    """How a child ended: `code` is negative for a signal; `value` is what its job returned."""
+
+    code: int
+    stdout: str
+    stderr: str
+    value: Any
+    seconds: float
+
+
+class Child:
+    def __init__(self, server: Server, pid: int, folder: Path) -> None:
+        self._server, self.pid, self._folder = server, pid, folder
+        self._started_s = time.monotonic()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def stdout(self) -> str:
+        return (self._folder / "stdout").read_text()
+
+    def wait_for(self, is_there: Callable[[], bool], timeout_s: float = 60) -> None:
+        """Until `is_there`; the child may not take longer than `timeout_s`."""
+        end = time.monotonic() + timeout_s
+        while not is_there():
+            assert time.monotonic() < end, f"{self.stdout()}{self._folder}"
+            time.sleep(0.002)
+
+    def wait(self, timeout_s: float = 120) -> Ended:
+        answer = self._server.ask({"wait": self.pid, "timeout_s": timeout_s})
+        value = self._folder / "value.json"
+        return Ended(
+            answer["code"],
+            (self._folder / "stdout").read_text(),
+            (self._folder / "stderr").read_text(),
+            json.loads(value.read_text()) if value.exists() else None,
+            time.monotonic() - self._started_s,
+        )
+
+
+class Server:
+    """Forks children that have torch and mnist_cli loaded already."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CANARY": "canary-7f3a"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | environment,
+            text=True,
+        )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def start(self, job: Callable[..., Any], *arguments: Any) -> Child:
+        self._count += 1
+        folder = self._folder / str(self._count)
+        folder.mkdir()
+        request = {"job": job.__name__, "arguments": arguments, "folder": str(folder)}
+        return Child(self, self.ask(request)["pid"], folder)
+
+    def run(self, job: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> Ended:
+        return self.start(job, *arguments).wait(timeout_s)
+
+    def close(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("children"))
+    with contextlib.closing(server):
+        yield server
+
+
+@pytest.fixture(scope="session")
+def namespaces(server: Server) -> None:
+    """Skips where the kernel gives no mount namespace to a plain user."""
+    ended = server.run(enter_namespace)
+    if ended.code != 0:
+        pytest.skip(f"no unprivileged mount namespaces here: {ended.stderr.splitlines()[-1]}")
+
+
+# --- jobs: what a child does ---------------------------------------------------------------------
+
+
+def program(words: list[str], file_bytes: int | None = None) -> int:
+    """The program with a command line; no file may grow beyond `file_bytes`."""
+    from mnist_cli import cli
+
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    return cli.main(words)
+
+
+def program_with_stdout(words: list[str], path: str | None) -> int:
+    """The program with its standard output at `path`, or closed."""
+    from mnist_cli import cli
+
+    os.close(1)
+    if path is None:
+        sys.stdout = None  # type: ignore[assignment]  # as Python does where it finds it closed
+    else:
+        descriptor = os.open(path, os.O_WRONLY)
+        if descriptor != 1:
+            os.dup2(descriptor, 1)
+    return cli.main(words)
+
+
+def program_with_memory(words: list[str], extra_bytes: int) -> int:
+    """The program with at most `extra_bytes` more of address space than it has now."""
+    from mnist_cli import cli
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + extra_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return cli.main(words)
+
+
+def program_with_threads(words: list[str], threads: int) -> int:
+    import torch
+
+    from mnist_cli import cli
+
+    torch.set_num_threads(threads)
+    return cli.main(words)
+
+
+def crash(words: list[str], at: int, mode: str) -> int:
+    """The program, dead at its `at`-th system call that writes."""
+    from mnist_cli import cli
+
+    _crash_at(at, mode)
+    return cli.main(words)
+
+
+def crash_in_save(source: str, target: str, at: int, mode: str) -> None:
+    """A save of the checkpoint `source` to `target`, dead at its `at`-th system call."""
+    from mnist_cli import checkpoint
+
+    found = checkpoint.load(Path(source))
+    _crash_at(at, mode)
+    checkpoint.save(Path(target), found)
+
+
+def signal_in_save(words: list[str], at: int) -> int:
+    """The program; SIGTERM arrives inside its `at`-th system call that writes."""
+    from mnist_cli import cli
+
+    def call(number: int, real: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        if number == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **more)
+
+    _watch_calls(call)
+    return cli.main(words)
+
+
+def save_often(source: str, target: str, times: int) -> None:
+    """Save the checkpoint `source` to `target` again and again, with other steps."""
+    import dataclasses
+
+    from mnist_cli import checkpoint
+
+    found = checkpoint.load(Path(source))
+    for step in range(times):
+        progress = dataclasses.replace(found.progress, step=step)
+        checkpoint.save(Path(target), dataclasses.replace(found, progress=progress))
+
+
+def hold(folder: str, ready: str) -> None:
+    """Hold the lock of `folder` until killed."""
+    from mnist_cli import durable
+
+    with durable.locked(Path(folder)):
+        Path(ready).touch()
+        time.sleep(600)
+
+
+def enter_namespace() -> None:
+    """Give this process mounts of its own; raises OSError where the kernel forbids."""
+    uid, gid = os.getuid(), os.getgid()
+    _libc("unshare", 0x10000000 | 0x00020000)  # CLONE_NEWUSER | CLONE_NEWNS
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+    _mount("none", "/", None, 0x4000 | 0x40000)  # MS_REC | MS_PRIVATE
+
+
+def program_on_small_disk(words: list[str], folder: str, kibibytes: int) -> dict[str, Any]:
+    """The program, with `folder` on a disk of `kibibytes`."""
+    from mnist_cli import cli
+
+    enter_namespace()
+    _mount("tmpfs", folder, "tmpfs", 0, f"size={kibibytes}k")
+    return {"code": cli.main(words), **_left_in(Path(folder))}
+
+
+def program_on_read_only(words: list[str], folder: str, step: int) -> dict[str, Any]:
+    """The program, with `folder` read-only from `step` on."""
+    from mnist_cli import cli, loop
+
+    enter_namespace()
+    real = loop.take_step
+
+    def take_step(job: Any, indices: Any, number: int, lr: float) -> float:
+        if number == step:
+            _make_read_only(folder)
+        return real(job, indices, number, lr)
+
+    loop.take_step = take_step
+    if step == 0:
+        _make_read_only(folder)
+    return {"code": cli.main(words), **_left_in(Path(folder))}
+
+
+def program_without_folder(words: list[str], folder: str, step: int) -> int:
+    """The program, whose `folder` is removed at `step`."""
+    import shutil
+
+    from mnist_cli import cli, loop
+
+    real = loop.take_step
+
+    def take_step(job: Any, indices: Any, number: int, lr: float) -> float:
+        if number == step:
+            shutil.rmtree(folder)
+        return real(job, indices, number, lr)
+
+    loop.take_step = take_step
+    return cli.main(words)
+
+
+def _make_read_only(folder: str) -> None:
+    """A mount over the old one: that one has files open for writing, and can't be changed."""
+    _mount(folder, folder, None, 0x1000)  # MS_BIND
+    _mount(None, folder, None, 0x20 | 0x1000 | 0x1)  # MS_REMOUNT | MS_BIND | MS_RDONLY
+
+
+def _left_in(folder: Path) -> dict[str, Any]:
+    from mnist_cli.errors import CheckpointError
+
+    states: dict[str, Any] = {}
+    for path in folder.glob("*.safetensors"):
+        try:
+            states[path.name] = state_of(path)
+        except CheckpointError as error:
+            states[path.name] = str(error)
+    return {"checkpoints": states, "temporaries": temporaries(folder)}
+
+
+def _libc(name: str, *arguments: Any) -> None:
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    texts = [text.encode() if text is not None else None for text in (source, target, kind)]
+    _libc("mount", *texts, ctypes.c_ulong(flags), data.encode())
+
+
+def _watch_calls(call: Callable[..., Any]) -> None:
+    """Put `call(number, real, *arguments)` around every call that changes files."""
+    count = 0
+
+    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(*arguments: Any, **more: Any) -> Any:
+            nonlocal count
+            count += 1
+            return call(count, real, *arguments, **more)
+
+        return inner
+
+    for name in ("open", "write", "fsync", "replace", "close", "unlink", "mkdir", "ftruncate"):
+        setattr(os, name, wrapped(getattr(os, name)))
+
+
+def _crash_at(at: int, mode: str) -> None:
+    """End this process, as SIGKILL would, at the `at`-th call; `torn` writes half of it first."""
+    write = os.write
+
+    def call(number: int, real: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        if number != at:
+            return real(*arguments, **more)
+        if mode == "after":
+            real(*arguments, **more)
+        elif mode == "torn" and real is write:
+            descriptor, data = arguments
+            real(descriptor, data[: len(data) // 2])
+        os._exit(137)
+
+    _watch_calls(call)
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    job.__name__: job
+    for job in (
+        program,
+        program_with_stdout,
+        program_with_memory,
+        program_with_threads,
+        program_on_small_disk,
+        program_on_read_only,
+        program_without_folder,
+        crash,
+        crash_in_save,
+        signal_in_save,
+        save_often,
+        hold,
+        enter_namespace,
+    )
+}
+
+
+# --- the fork server itself ----------------------------------------------------------------------
+
+
+def serve() -> None:
+    import torch
+
+    import mnist_cli.compose
+    import mnist_cli.evaluate
+    import mnist_cli.export
+    import mnist_cli.train  # noqa: F401
+
+    torch.set_num_threads(1)
+    gc.freeze()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = _reap(**request) if "wait" in request else {"pid": _fork(**request)}
+        print(json.dumps(answer), flush=True)  # noqa: T201 - the answer to the test
+
+
+def _reap(wait: int, timeout_s: float) -> dict[str, int]:
+    end = time.monotonic() + timeout_s
+    while True:
+        pid, status = os.waitpid(wait, os.WNOHANG)
+        if pid:
+            return {"code": os.waitstatus_to_exitcode(status)}
+        if time.monotonic() > end:
+            os.kill(wait, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def _fork(job: str, arguments: list[Any], folder: str) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        os.chdir(folder)
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        value = JOBS[job](*arguments)
+        code = value if isinstance(value, int) else 0
+        if value is not None and not isinstance(value, int):
+            (Path(folder) / "value.json").write_text(json.dumps(value))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()

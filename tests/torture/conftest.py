@@ -1,0 +1,10 @@
+"""The long suite: the tests of `tests/`, with large numbers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["MNIST_CLI_TORTURE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent))
