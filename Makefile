@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+HYDRA_NEXT := 1.4.0rc3
+NEXT := .venv-hydra-next
 DEMO := outputs/demo/$(shell echo $$(date +%Y-%m-%d_%H-%M-%S)_$$PPID)
 
 .DEFAULT_GOAL := help
-.PHONY: install demo test lint check bench torture lock clean help
+.PHONY: install demo test test-hydra-next lint check bench torture lock clean help
 
 install: $(STAMP)  ## make .venv with everything, as requirements.txt pins it
 	@echo "installed: $(BIN)/mnist-cli"
@@ -17,6 +19,15 @@ demo: $(STAMP)  ## train a CNN on real digits, evaluate it, export it to ONNX; d
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
+
+# The next Hydra goes into an environment of its own, which falls back on .venv for all the rest.
+test-hydra-next: $(STAMP)  ## run the tests of the command line on the next Hydra, a pre-release
+	$(BIN)/python -m venv --clear --without-pip $(NEXT)
+	$(BIN)/uv pip install --quiet --python $(NEXT)/bin/python --no-deps --require-hashes \
+		--compile-bytecode -r requirements-hydra-next.txt
+	$(BIN)/python -c 'import os, sysconfig; print(sysconfig.get_path("purelib"), os.getcwd(), sep="\n")' \
+		> $$($(NEXT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fallback.pth
+	$(NEXT)/bin/python -m pytest tests/test_cli.py tests/test_train.py tests/test_conf.py
 
 lint: $(STAMP)  ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -35,13 +46,16 @@ lock: $(STAMP)  ## write requirements.txt anew after a change of pyproject.toml;
 	$(BIN)/uv pip compile --quiet $(if $(UPGRADE),--upgrade) --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' \
 		--extra dev --output-file requirements.txt pyproject.toml
+	echo 'hydra-core==$(HYDRA_NEXT)' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --prerelease allow \
+		--output-file requirements-hydra-next.txt -
 
 clean:  ## remove .venv, caches and builds; outputs/ stays
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv $(NEXT) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Every download is checked against a hash in requirements.txt: first uv itself, through the pip of
 # the new environment, then all else through uv, what it builds from source included.

@@ -7,6 +7,7 @@ speaks of Hydra itself (`--cfg`, `--info`, a launcher, a sweeper, a `hydra.` key
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -31,7 +32,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_cli import conf
-from mnist_cli.cli import Line
 from mnist_cli.config import (
     EvalConfig,
     TrainConfig,
@@ -41,6 +41,7 @@ from mnist_cli.config import (
 )
 from mnist_cli.console import Console
 from mnist_cli.errors import MnistCliError, UsageError, shown
+from mnist_cli.line import Line
 from mnist_cli.typed import UnknownKeyError, nearest, unknown_key
 
 IS_13 = hydra.__version__.startswith("1.3")
@@ -209,6 +210,8 @@ def _run_hydra(line: Line, overrides: Sequence[str], console: Console) -> int:
         document = _command(line, job.config, typed, console)
         return (document.get("best") or {}).get("value")
 
+    if IS_13 and sys.version_info >= (3, 14):  # hydra#3121: its help text fails argparse's check
+        argparse.ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]
     captured = io.StringIO()
     arguments, sys.argv = sys.argv, ["mnist-cli", *line.hydra, *overrides]
     try:

@@ -24,10 +24,15 @@ BAR_EVERY_S = 0.1
 
 
 class Console:
-    """Says things on the right stream, and in the log of the run while there is one."""
+    """Says things on the right stream, and in the log of the run while there is one.
 
-    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+    Args:
+        brief: keep `detail` and tables to the log, as in a sweep, where they would bury the rest.
+    """
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False, brief: bool = False) -> None:
         self.quiet = quiet
+        self.brief = brief
         self.as_json = as_json
         self._log: IO[str] | None = None
         self._progress: Progress | None = None
@@ -50,6 +55,13 @@ class Console:
         except BrokenPipeError:
             self._reader_left()
 
+    def detail(self, text: str) -> None:
+        """A line that is worth its place where a run stands alone."""
+        if self.brief:
+            self._to_log(text + "\n")
+        else:
+            self.say(text)
+
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}")
 
@@ -65,11 +77,11 @@ class Console:
             table.add_row(*row)
         plain = io.StringIO()
         _rich(plain, width=100).print(table)
-        if self._progress is None and not self.quiet and self._stream.isatty():
+        if self._progress is None and not (self.quiet or self.brief) and self._stream.isatty():
             self._to_log(plain.getvalue())
             _rich(self._stream).print(table)
         else:
-            self.say(plain.getvalue().rstrip("\n"))
+            self.detail(plain.getvalue().rstrip("\n"))
 
     def document(self, data: Any) -> None:
         """With `--json`: the one document on stdout. Otherwise nothing."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -147,16 +148,23 @@ def _to_onnx(config: ExportConfig, found: Checkpoint, model: nn.Module) -> tuple
 
 
 def _quantized(proto: Any) -> Any:
-    """The model with int8 weights in its matrix products."""
+    """The model with int8 matrix products (onnxruntime's dynamic quantization)."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "model.onnx"
-        quantize_dynamic(
-            proto, target, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
-        )
-        return onnx.load(target)
+    logging.disable(logging.WARNING)  # the quantizer advises a step that changes nothing here
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "model.onnx"
+            quantize_dynamic(
+                proto,
+                target,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["MatMul", "Gemm"],
+            )
+            return onnx.load(target)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _to_torch_export(

@@ -71,17 +71,27 @@ class RunFolder:
         if not self.metrics.exists():
             writer.writeheader()
         writer.writerow(row)
-        with open(self.metrics, "a") as file:
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
+        rest = text.getvalue().encode()
+        with open(self.metrics, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)  # a part of a row would spoil the next one
+                raise
 
     def keep_metrics_until(self, epoch: int) -> None:
         """Drop the rows after `epoch`, and a row cut off by a crash: they will be written again."""
-        if not self.metrics.exists():
+        if not self.metrics.is_file():
             return
-        head, *rows = self.metrics.read_text().splitlines(keepends=True) or [""]
-        whole = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= epoch]
+        with durable.writing(self.metrics):
+            text = self.metrics.read_text(errors="replace")
+        head, *rows = text.splitlines(keepends=True) or [""]
+        whole = [row for row in rows if row.endswith("\n") and _is_until(epoch, row)]
+        whole = whole if head.startswith("epoch,") else []
         durable.write(self.metrics, (head + "".join(whole)).encode() if whole else b"")
         if not whole:
             self.metrics.unlink()
@@ -91,8 +101,17 @@ class RunFolder:
         """Let what `console` says go to train.log too."""
         with durable.writing(self.path / "train.log"):
             file = open(self.path / "train.log", "a", encoding="utf-8")  # noqa: SIM115 - closed below
-        with contextlib.closing(file), console.logging_to(file):
-            yield
+        try:
+            with console.logging_to(file):
+                yield
+        finally:
+            with contextlib.suppress(OSError):  # the console has said so
+                file.close()
+
+
+def _is_until(epoch: int, row: str) -> bool:
+    first = row.partition(",")[0]
+    return first.isdecimal() and int(first) <= epoch
 
 
 @contextlib.contextmanager

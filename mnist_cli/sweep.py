@@ -35,29 +35,29 @@ def run(
         SweepError: some jobs failed; the others are done.
     """
     folder = _folder_of(jobs)
+    inner = Console(quiet=console.quiet, as_json=console.as_json, brief=True)
     documents = []
     for number, job in enumerate(jobs, 1):
         console.say(f"job {number}/{len(jobs)}  {_difference(job, jobs) or 'as it stands'}")
         placed_job = placed(job, folder, jobs) if folder is not None else job
         try:
-            documents.append(command(placed_job, console))
+            documents.append(command(placed_job, inner))
         except MnistCliError as error:
-            console.say(f"failed   {error.message}")
+            console.say(f"failed: {error.message}")
             documents.append(
                 {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
             )
-        console.say()
-    failed = sum("exit_code" in document for document in documents)
     rows = [
-        (_difference(job, jobs) or "-", _outcome(document))
+        (_difference(job, jobs) or "-", *_outcome(document))
         for job, document in zip(jobs, documents, strict=True)
     ]
-    console.table(("job", "result"), rows)
-    if failed:
-        where = f" in {folder}" if folder else ""
+    console.table(("job", "selected by", "value", "test", "seconds"), rows)
+    if folder is not None:
+        console.say(f"sweep    {folder}")
+    if failed := sum("exit_code" in document for document in documents):
         raise SweepError(
-            f"{failed} of {len(jobs)} jobs failed{where}",
-            "their error lines stand above, and in train.log",
+            f"{failed} of {len(jobs)} jobs failed" + (f" in {folder}" if folder else ""),
+            "their errors stand above and in their train.log",
         )
     console.document({"sweep_dir": None if folder is None else str(folder), "jobs": documents})
     return 0
@@ -98,10 +98,18 @@ def _difference(job: Job, jobs: Sequence[Job]) -> str:
     return " ".join(word for word in job.words if word not in shared)
 
 
-def _outcome(document: dict[str, Any]) -> str:
+def _outcome(document: dict[str, Any]) -> tuple[str, str, str, str]:
+    """The cells of a job: what selected, its value, the test metric, the seconds."""
     if "exit_code" in document:
-        return "failed"
-    best = document.get("best")
-    if best and best["value"] is not None:
-        return f"{best['monitor']} {best['value']:.4f}"
-    return "done"
+        return ("failed", "", "", "")
+    if "best" not in document:
+        return ("done", "", "", "")
+    best, test = document["best"], document["test"]
+    value = "" if best["value"] is None else f"{best['value']:.4f}"
+    metric = test["accuracy"] if "accuracy" in test else test["mse"]
+    return (
+        best["monitor"] or "last epoch",
+        value,
+        f"{metric:.4f}",
+        f"{document['time']['total_s']:.1f}",
+    )

@@ -204,26 +204,26 @@ def _learned_line(job: Job, model: nn.Module) -> dict[str, Any]:
 def banner(job: Job, folder: RunFolder, console: Console) -> None:
     config, data = job.config, job.data
     threads = f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else ""
-    console.say(f"model    {config.model.name}, {num_params(job.model):,} parameters")
-    console.say(
+    console.detail(f"model    {config.model.name}, {num_params(job.model):,} parameters")
+    console.detail(
         f"data     {data.spec.name}: {len(data.train):,} to train, {len(data.val):,} to validate,"
         f" {len(data.test):,} to test"
     )
-    console.say(
+    console.detail(
         f"optim    {config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name},"
         f" loss {config.loss.name}"
     )
     selects = f"by {config.monitored}" if len(data.val) else "nothing, the last epoch is the result"
-    console.say(f"select   {selects}")
-    console.say(f"device   {job.device}{threads}, {config.precision}")
-    console.say(f"run      {folder.path}")
+    console.detail(f"select   {selects}")
+    console.detail(f"device   {job.device}{threads}, {config.precision}")
+    console.detail(f"run      {folder.path}")
 
 
 def _show(result: dict[str, Any], reason: str, folder: RunFolder, console: Console) -> None:
     best, splits = result["best"], [name for name in ("val", "test") if result[name]]
-    console.say(f"stopped  {reason}")
+    console.detail(f"stopped  {reason}")
     chosen = f"the best {best['monitor']}" if best["monitor"] else "the last one"
-    console.say(f"selected epoch {best['epoch']} ({chosen})")
+    console.detail(f"selected epoch {best['epoch']} ({chosen})")
     names = (
         ("loss", "mse", "mae", "r2")
         if "mse" in result["test"]
@@ -235,9 +235,9 @@ def _show(result: dict[str, Any], reason: str, folder: RunFolder, console: Conso
     console.table(("metric", *splits), rows)
     if "accuracy" in result["test"]:
         low, high = result["test"]["accuracy_ci95"]
-        console.say(f"test accuracy lies between {low:.2%} and {high:.2%} (95%)")
-    console.say("next     " + f"mnist-cli eval checkpoint={folder.path}")
-    console.say("         " + f"mnist-cli export checkpoint={folder.path} format=onnx")
+        console.detail(f"test accuracy lies between {low:.2%} and {high:.2%} (95%)")
+    console.detail("next     " + f"mnist-cli eval checkpoint={folder.path}")
+    console.detail("         " + f"mnist-cli export checkpoint={folder.path} format=onnx")
 
 
 @contextlib.contextmanager

@@ -31,8 +31,9 @@ from data_files import (
 )
 
 from mnist_cli.dataset import download, image_files, sources
-from mnist_cli.dataset.download import LOCK_FILE, STAGING_FOLDER, Patience, fetch
+from mnist_cli.dataset.download import LOCK_FILE, STAGING_FOLDER, fetch
 from mnist_cli.dataset.sources import Source
+from mnist_cli.dataset.transfer import Patience, patience_from_environment
 from mnist_cli.errors import DataError, UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -489,7 +490,7 @@ def test_timeout_has_to_be_seconds(
 
 def test_timeout_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MNIST_CLI_DOWNLOAD_TIMEOUT", "12.5")
-    assert download.patience_from_environment() == Patience(total_s=12.5)
+    assert patience_from_environment() == Patience(total_s=12.5)
 
 
 def test_no_network(tmp_path: Path) -> None:
@@ -570,7 +571,8 @@ PROGRAM = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 from data_files import downloads, small_source
-from mnist_cli.dataset.download import Patience, fetch
+from mnist_cli.dataset.download import fetch
+from mnist_cli.dataset.transfer import Patience
 from mnist_cli.errors import MnistCliError
 
 task, root, mirror = sys.argv[1], Path(sys.argv[2]), sys.argv[3]

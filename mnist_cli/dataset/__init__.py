@@ -1,12 +1,13 @@
 """Datasets as tensors: `load` makes the training, validation and test split of a configuration.
 
     sources      the catalogue, and where files may lie
-    download     getting what is missing, over https
+    download     getting what is missing
+    transfer     one file over https, bounded in time and size
     files        the bounded read of a file that may be anything
     idx, cifar   the two file formats
     decode       every check on their content, statistics, digest
     cache        the decoded tensors as one file
-    image_files  the five above in their order
+    image_files  the rooms above in their order
     digits       scikit-learn's bundled digits
     linear       the synthetic regression set
     split        which rows are held back for validation

@@ -7,8 +7,8 @@ import ssl
 from mnist_cli.dataset import download
 from mnist_cli.dataset.cache import cached
 from mnist_cli.dataset.decode import Decoded, decode
-from mnist_cli.dataset.download import Patience
 from mnist_cli.dataset.sources import Source, data_root
+from mnist_cli.dataset.transfer import Patience
 from mnist_cli.errors import DataError
 
 

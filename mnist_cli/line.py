@@ -1,0 +1,96 @@
+"""The words of a command line: the command, the flags, which may stand anywhere, the overrides."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from mnist_cli.conf import COMMANDS
+from mnist_cli.errors import UsageError, shown
+
+# Hydra's own flags, and whether a value follows as a word of its own.
+HYDRA_FLAGS = {
+    "-m": False, "--multirun": False, "--run": False, "-r": False, "--resolve": False,
+    "--hydra-help": False, "-c": True, "--cfg": True, "-p": True, "--package": True,
+    "-cd": True, "--config-dir": True, "-cp": True, "--config-path": True,
+    "-cn": True, "--config-name": True, "-i": False, "--info": False,
+}  # fmt: skip
+INFO_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+OWN_FLAGS = {"--help": "help", "-h": "help", "--version": "version", "--json": "json",
+             "--quiet": "quiet", "-q": "quiet"}  # fmt: skip
+
+
+class Line(NamedTuple):
+    """A command line, taken apart. Flags may stand anywhere on it."""
+
+    command: str | None
+    own: frozenset[str]
+    hydra: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    @property
+    def config_dirs(self) -> tuple[str, ...]:
+        pairs = itertools.pairwise(word for flag in self.hydra for word in flag.split("=", 1))
+        return tuple(value for flag, value in pairs if flag in ("-cd", "--config-dir"))
+
+    @property
+    def is_multirun(self) -> bool:
+        return bool({"-m", "--multirun"} & set(self.hydra))
+
+
+def parse_line(words: list[str]) -> Line:
+    """Take the command line apart.
+
+    Raises:
+        UsageError: an unknown command or flag, or a word that is neither flag nor override.
+    """
+    own: set[str] = set()
+    hydra: list[str] = []
+    rest: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        flag = word.split("=", 1)[0]
+        if word in OWN_FLAGS:
+            own.add(OWN_FLAGS[word])
+        elif word in ("-i", "--info"):
+            topic = queue.pop(0) if queue and queue[0] in INFO_TOPICS else "all"
+            hydra += [word, topic]
+        elif flag in HYDRA_FLAGS:
+            hydra.append(word)
+            if HYDRA_FLAGS[flag] and "=" not in word:
+                if not queue:
+                    raise UsageError(f"{word} needs a value", "type mnist-cli --help")
+                hydra.append(queue.pop(0))
+        elif word.startswith("-") and word not in ("-", "--"):
+            raise _unknown_flag(word, queue)
+        else:
+            rest.append(word)
+    command = rest.pop(0) if rest else None
+    if command is not None and command not in COMMANDS:
+        raise _unknown_command(command)
+    if command is None and hydra:
+        raise UsageError(f"{hydra[0]} needs a command", f"type mnist-cli train {hydra[0]}")
+    return Line(command, frozenset(own), tuple(hydra), tuple(rest))
+
+
+def _unknown_command(word: str) -> UsageError:
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, COMMANDS, n=1)
+    if "=" in word:
+        return UsageError(
+            f"{shown(word)} stands where the command should", f"type mnist-cli train {word}"
+        )
+    hint = f"did you mean {close[0]}?" if close else "type mnist-cli --help"
+    return UsageError(f"unknown command {shown(word)}; commands are: {', '.join(COMMANDS)}", hint)
+
+
+def _unknown_flag(word: str, rest: list[str]) -> UsageError:
+    bare = word.lstrip("-")
+    key, equals, value = bare.partition("=")
+    value = value if equals else (rest[0] if rest and "=" not in rest[0] else "VALUE")
+    return UsageError(
+        f"unknown flag {shown(word)}",
+        f"overrides have no dashes: {key}={value}; flags: mnist-cli --help",
+    )
