@@ -156,13 +156,13 @@ def find(path: str) -> Path:
     Raises:
         CheckpointError: there is no such file.
     """
-    found = Path(path).expanduser()
     try:
+        found = Path(path).expanduser()
         if found.is_dir():
             found = found / "best.safetensors"
         if found.exists():
             return found
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: of an unknown ~user
         raise CheckpointError(f"can't open {shown(path)}: {error}", "check the path") from error
     raise CheckpointError(
         f"no checkpoint at {found}", "name a run folder or a .safetensors file: checkpoint=RUN"
@@ -239,7 +239,7 @@ def decode(data: bytes) -> Checkpoint:
         or not isinstance(text["mnist_cli"], str)
     ):
         raise _Refused("is not a checkpoint of mnist-cli", _FOREIGN)
-    document = _json(text["mnist_cli"].encode(), "document")
+    document = _json(text["mnist_cli"].encode("utf-8", "surrogatepass"), "document")
     _check_format(document)
     _check_digest(data, header_end, document.get("digest"))
     config, rest = _parse_document(document)
@@ -308,7 +308,7 @@ def _check_format(document: dict[str, Any]) -> None:
 
 
 def _check_digest(data: bytes, header_end: int, digest: Any) -> None:
-    stored = digest.encode() if isinstance(digest, str) else b""
+    stored = digest.encode() if isinstance(digest, str) and digest.isascii() else b""
     place = data.find(stored, 0, header_end) if len(stored) == 64 else -1
     if place < 0:
         raise _Refused("has no digest")
@@ -341,7 +341,7 @@ class _Provenance:
 def parse_provenance(text: str) -> tuple[TrainConfig, DatasetSpec]:
     """Configuration and data out of an exported file. Raises ValueError or UsageError."""
     try:
-        document = _json(text.encode(), "document")
+        document = _json(text.encode("utf-8", "surrogatepass"), "document")
         _check_format(document)
     except _Refused as refused:
         raise ValueError(str(refused)) from refused

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import re
 import sys
@@ -27,7 +26,6 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -185,52 +183,87 @@ def _run_sweep(line: Line, parsed: Sequence[Override], console: Console, started
 def _speaks_of_hydra(line: Line) -> bool:
     """Whether the line asks for more of Hydra than composing."""
     plain = {"-m", "--multirun", "-cd", "--config-dir", "-r", "--run"}
-    flags = {word.split("=", 1)[0] for word in line.hydra if word.startswith("-")}
-    return not flags <= plain or any(
+    return not _flags(line) <= plain or any(
         re.match(r"[+~]{0,2}hydra[./=@]", word) for word in line.overrides
     )
 
 
+def _flags(line: Line) -> set[str]:
+    return {word.split("=", 1)[0] for word in line.hydra if word.startswith("-")}
+
+
 def _run_hydra(line: Line, overrides: Sequence[str], console: Console) -> int:
     """Hand the whole line to `hydra.main`."""
+    if line.is_multirun:
+        return _run_hydra_sweep(line, overrides, console)
+    outcome: list[Any] = []
+
+    def task(composed: DictConfig) -> None:
+        config, typed = _validated(line, composed), _typed_words(HydraConfig.get())
+        outcome.append(_captured(lambda: _command(line, config, typed, console)))
+
+    shows = {"-c", "--cfg", "-i", "--info", "--hydra-help"} & _flags(line)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed) if shows else contextlib.nullcontext():
+        _hydra_main(line, overrides, task)
+    for document in outcome:
+        if isinstance(document, BaseException):
+            raise document
+        console.document(document)
+    if shows:
+        text = printed.getvalue().rstrip("\n")
+        is_yaml = {"-c", "--cfg"} & _flags(line)
+        data = OmegaConf.to_container(OmegaConf.create(text)) if is_yaml else {"output": text}
+        console.answer(text, data)
+    return 0
+
+
+def _run_hydra_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
+    """A sweep by one of Hydra's sweepers and launchers, wherever they run its jobs."""
     from mnist_cli import sweep
 
-    outcome: list[Any] = []
+    folder = sweep.folder_of(line.overrides)
+    quoted = _quote(str(folder))
+    own = [word for word in overrides if not re.match("(out|hydra.sweep.dir)=", word)]
 
     def task(composed: DictConfig) -> Any:
         hydra_config = HydraConfig.get()
-        config = _validated(line, composed)
-        typed = [word.lstrip("+~").partition("=")[0] for word in hydra_config.overrides.task]
-        if hydra_config.mode != RunMode.MULTIRUN:
-            outcome.append(_captured(lambda: _command(line, config, typed, console)))
-            return None
-        job = sweep.Job(tuple(hydra_config.overrides.task), config)
-        if isinstance(config, TrainConfig):
+        job = sweep.Job(tuple(hydra_config.overrides.task), _validated(line, composed))
+        if isinstance(job.config, TrainConfig):
             job = sweep.placed(job, Path(hydra_config.sweep.dir), [job])
-        document = _command(line, job.config, typed, console)
+        document = _command(line, job.config, _typed_words(hydra_config), console)
         return (document.get("best") or {}).get("value")
 
+    failure = None
+    try:
+        _hydra_main(line, [*own, f"hydra.sweep.dir={quoted}"], task)
+    except MnistCliError as error:
+        failure = error
+    jobs = sweep.results_in(folder)
+    if failure is not None and not jobs:
+        raise failure
+    return sweep.finish(console, folder, jobs)
+
+
+def _hydra_main(line: Line, overrides: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
     if IS_13 and sys.version_info >= (3, 14):  # hydra#3121: its help text fails argparse's check
         argparse.ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]
-    captured = io.StringIO()
     arguments, sys.argv = sys.argv, ["mnist-cli", *line.hydra, *overrides]
     try:
-        with contextlib.redirect_stdout(captured) if console.as_json else contextlib.nullcontext():
-            hydra.main(
-                config_path=str(conf.conf_dir()), config_name=line.command, **HYDRA_ARGUMENTS
-            )(task)()
+        main = hydra.main(
+            config_path=str(conf.conf_dir()), config_name=line.command, **HYDRA_ARGUMENTS
+        )
+        main(task)()
     except SystemExit as end:
         if end.code not in (None, 0):
             raise UsageError("Hydra can't read the flags", "type mnist-cli --help") from end
     finally:
         sys.argv = arguments
-    for document in outcome:
-        if isinstance(document, BaseException):
-            raise document
-        console.document(document)
-    if not outcome and console.as_json:
-        console.document(_as_document(captured.getvalue()))
-    return 0
+
+
+def _typed_words(hydra_config: Any) -> list[str]:
+    """The keys that the user named, as Hydra tells a job."""
+    return [word.lstrip("+~").partition("=")[0] for word in hydra_config.overrides.task]
 
 
 def _captured(call: Callable[[], Any]) -> Any:
@@ -239,16 +272,6 @@ def _captured(call: Callable[[], Any]) -> Any:
         return call()
     except (MnistCliError, Exception) as error:
         return error
-
-
-def _as_document(text: str) -> Any:
-    """What Hydra printed (`--cfg job` is YAML), as one JSON document."""
-    try:
-        data = OmegaConf.to_container(OmegaConf.create(text))
-        json.dumps(data)
-        return data
-    except Exception:
-        return {"output": text}
 
 
 # --- errors --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -72,7 +72,9 @@ class Console:
 
         table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
         for position, header in enumerate(headers):
-            table.add_column(header, justify="right" if position else "left", no_wrap=True)
+            is_text = position == 0
+            justify: Literal["left", "right"] = "left" if is_text else "right"
+            table.add_column(header, justify=justify, no_wrap=not is_text, overflow="fold")
         for row in rows:
             table.add_row(*row)
         plain = io.StringIO()
@@ -98,6 +100,7 @@ class Console:
             self.document(data)
         else:
             sys.stdout.write(text + "\n")
+            sys.stdout.flush()
 
     def error(self, message: str, hint: str, exit_code: int) -> None:
         """The two lines of an expected failure, and the same as a document with `--json`."""

@@ -35,7 +35,11 @@ def folder_of(config: TrainConfig) -> Path | None:
         folder = Path(config.out or "")
         return folder if _checkpoints_in(folder) else None
     folder = Path(config.resume)
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError:  # a name that is too long
+        is_folder = False
+    if not is_folder:
         raise CheckpointError(
             f"resume={folder} is not a run folder", "name one: resume=outputs/train/RUN"
         )
@@ -87,7 +91,7 @@ def merge(
         source, target = plain, merged
         for parent in parents:
             source, target = source[parent], target[parent]
-        if leaf in source:
+        if leaf in source and not _is_same_option(source[leaf], target.get(leaf)):
             target[leaf] = source[leaf]
     for key in ("resume", "resume_allow", "save_every", "profile", "device"):
         if key in ("device", "save_every") and key not in typed:
@@ -98,22 +102,39 @@ def merge(
     return new
 
 
+def _is_same_option(given: Any, stored: Any) -> bool:
+    """Whether a group is chosen as it was: then only its keys that were typed count."""
+    return (
+        isinstance(given, dict)
+        and isinstance(stored, dict)
+        and given.get("name") == stored.get("name") is not None
+    )
+
+
 def _check_changes(stored: TrainConfig, new: TrainConfig, allowed: Collection[str]) -> None:
     before, after = flatten(to_plain(stored)), flatten(to_plain(new))
-    for key in sorted(before.keys() | after.keys()):
+    # The choice of an option comes before its keys, which differ because of it.
+    for key in sorted(before.keys() | after.keys(), key=lambda key: (not _is_choice(key), key)):
         was, now = before.get(key), after.get(key)
         if was == now or key in FREE_KEYS:
             continue
         if key == "epochs" and new.epochs > stored.epochs and schedule.may_extend(new.schedule):
             continue
         fixed = any(key == name or key.startswith(f"{name}.") for name in FIXED_KEYS)
-        if fixed or key not in allowed:
-            raise UsageError(
-                f"{key}={_word(now)} differs from the run's {key}={_word(was)}",
-                f"leave {key} away, or start a new run"
-                if fixed
-                else f"leave {key} away, or allow it: resume_allow=[{key}]",
-            )
+        group = key.partition(".")[0]
+        if not fixed and (key in allowed or group in allowed):
+            continue
+        typed = group if _is_choice(key) else key
+        raise UsageError(
+            f"{typed}={_word(now)} differs from the run's {typed}={_word(was)}",
+            f"leave {typed} away, or start a new run"
+            if fixed
+            else f"leave {typed} away, or allow it: resume_allow=[{typed}]",
+        )
+
+
+def _is_choice(key: str) -> bool:
+    return key.endswith(".name")
 
 
 def _word(value: Any) -> str:

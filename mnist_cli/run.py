@@ -62,7 +62,9 @@ class RunFolder:
             found = json.loads(self.result.read_text())
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) else None
+        return (
+            found if isinstance(found, dict) and {"status", "config_hash"} <= set(found) else None
+        )
 
     def add_metrics(self, row: dict[str, float | int | None]) -> None:
         """Append the row of an epoch, durably; the first one brings the head along."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mnist_cli.errors import Interrupted, UsageError
+from mnist_cli.errors import Interrupted, UsageError, one_line
 
 
 def resolve_device(name: str, precision: str = "float32") -> torch.device:
@@ -89,8 +89,8 @@ class Host:
     def differences(self, then: Host) -> list[str]:
         """What differs from the machine of an earlier run, in words."""
         return [
-            f"the run had {name}={getattr(then, name)}, here it is {getattr(self, name)}:"
-            " last digits may differ"
+            f"the run had {name}={one_line(str(getattr(then, name)), 80)},"
+            f" here it is {getattr(self, name)}: last digits may differ"
             for name in ("torch_version", "device", "threads", "capability")
             if getattr(then, name) != getattr(self, name)
         ]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from mnist_cli.config import EvalConfig, ExportConfig, TrainConfig, config_hash
 from mnist_cli.console import Console
 from mnist_cli.errors import MnistCliError, SweepError, UsageError
+from mnist_cli.run import RunFolder, unique_folder
 
 SWEEPS = "outputs/sweep"
 
@@ -47,20 +48,40 @@ def run(
             documents.append(
                 {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
             )
-    rows = [
-        (_difference(job, jobs) or "-", *_outcome(document))
-        for job, document in zip(jobs, documents, strict=True)
-    ]
+    labels = [_difference(job, jobs) or "-" for job in jobs]
+    return finish(console, folder, list(zip(labels, documents, strict=True)))
+
+
+def finish(
+    console: Console, folder: Path | None, jobs: Sequence[tuple[str, dict[str, Any]]]
+) -> int:
+    """Show what became of the jobs, (label, document) each.
+
+    Raises:
+        SweepError: some failed.
+    """
+    rows = [(label, *_outcome(document)) for label, document in jobs]
     console.table(("job", "selected by", "value", "test", "seconds"), rows)
     if folder is not None:
         console.say(f"sweep    {folder}")
-    if failed := sum("exit_code" in document for document in documents):
+    if failed := sum(_has_failed(document) for _, document in jobs):
         raise SweepError(
             f"{failed} of {len(jobs)} jobs failed" + (f" in {folder}" if folder else ""),
             "their errors stand above and in their train.log",
         )
+    documents = [document for _, document in jobs]
     console.document({"sweep_dir": None if folder is None else str(folder), "jobs": documents})
     return 0
+
+
+def results_in(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Label and result.json of the jobs that a launcher left in `folder`."""
+    paths = sorted(folder.glob("*/result.json"))
+    return [(path.parent.name, RunFolder(path.parent).read_result() or {}) for path in paths]
+
+
+def _has_failed(document: dict[str, Any]) -> bool:
+    return "exit_code" in document or document.get("status", "completed") != "completed"
 
 
 def _folder_of(jobs: Sequence[Job]) -> Path | None:
@@ -71,10 +92,15 @@ def _folder_of(jobs: Sequence[Job]) -> Path | None:
     if len(names) > 1:
         raise UsageError("out= names one folder for the whole sweep", "type out=DIR once")
     name = names.pop()
-    if name is not None:
-        return Path(name)
-    from mnist_cli.run import unique_folder
+    return Path(name) if name is not None else unique_folder(Path(SWEEPS))
 
+
+def folder_of(words: Sequence[str]) -> Path:
+    """The folder of a sweep that Hydra runs: what the words name, or a new one."""
+    for word in reversed(words):
+        key, _, value = word.partition("=")
+        if key in ("out", "hydra.sweep.dir"):
+            return Path(value.strip("'\""))
     return unique_folder(Path(SWEEPS))
 
 
@@ -100,7 +126,7 @@ def _difference(job: Job, jobs: Sequence[Job]) -> str:
 
 def _outcome(document: dict[str, Any]) -> tuple[str, str, str, str]:
     """The cells of a job: what selected, its value, the test metric, the seconds."""
-    if "exit_code" in document:
+    if _has_failed(document):
         return ("failed", "", "", "")
     if "best" not in document:
         return ("done", "", "", "")
