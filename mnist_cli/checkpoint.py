@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from mnist_cli import __version__, dataset, durable
 from mnist_cli.config import EmnistConfig, ImageFilesConfig, TrainConfig, to_plain, train_config
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, DatasetSpec
-from mnist_cli.errors import CheckpointError, UsageError, shown
+from mnist_cli.errors import CheckpointError, DivergedError, UsageError, shown
 from mnist_cli.model import build_model
 from mnist_cli.runtime import Host
 from mnist_cli.typed import Range, parse
@@ -40,6 +41,7 @@ from mnist_cli.typed import Range, parse
 FORMAT = 1
 MAX_FILE_BYTES = 4 * 2**30
 MAX_HEADER_BYTES = 2**20
+_LARGE_BYTES = 64 * 2**20
 _BLANK_DIGEST = "0" * 64
 _DTYPES = {"F32": torch.float32}
 _NonNegativeInt = Annotated[int, Range(least=0, most=2**53)]
@@ -118,12 +120,17 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
     Raises:
         ResourceError: it can't be written; an older file at `path` still stands.
+        DivergedError: a tensor is not finite; likewise.
     """
     durable.write(path, encode(checkpoint))
 
 
 def encode(checkpoint: Checkpoint) -> bytes:
-    """The bytes of the file."""
+    """The bytes of the file.
+
+    Raises:
+        DivergedError: a tensor is not finite; `decode` would refuse it.
+    """
     document = {
         "format": FORMAT,
         "made_by": f"mnist-cli {__version__}",
@@ -135,6 +142,12 @@ def encode(checkpoint: Checkpoint) -> bytes:
     }
     tensors = {f"model.{name}": _dense(tensor) for name, tensor in checkpoint.model.items()}
     tensors |= {f"optim.{name}": _dense(tensor) for name, tensor in checkpoint.optim.items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise DivergedError(
+                f"training diverged: {name} is not finite after step {checkpoint.progress.step}",
+                "type a smaller learning rate, or grad_clip=1",
+            )
     data = safetensors.torch.save(tensors, {"mnist_cli": json.dumps(document, allow_nan=False)})
     header_end = 8 + int.from_bytes(data[:8], "little")
     place = data.index(_BLANK_DIGEST.encode(), 0, header_end)
@@ -176,7 +189,7 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: it is missing, damaged, foreign or from a newer version.
     """
     try:
-        return decode(read_regular_file(path, _check_header_size))
+        return decode(read_regular_file(path, _check_start))
     except _Refused as refused:
         raise CheckpointError(f"{path}: {refused}", refused.hint) from refused
 
@@ -196,7 +209,7 @@ def read_regular_file(path: Path, before: Callable[[bytes, int], None] | None = 
     """All bytes of a regular file of at most MAX_FILE_BYTES; never waits for a FIFO or a device.
 
     Args:
-        before: is given the first 9 bytes and the size, to refuse the file before the rest is read.
+        before: is given the first mebibyte and the size, to refuse the file before it is read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -207,7 +220,7 @@ def read_regular_file(path: Path, before: Callable[[bytes, int], None] | None = 
             if status.st_size > MAX_FILE_BYTES:
                 raise _Refused(f"is larger than {MAX_FILE_BYTES} bytes", _FOREIGN)
             if before is not None:
-                before(file.read(9), status.st_size)
+                before(file.read(8 + MAX_HEADER_BYTES), status.st_size)
                 file.seek(0)
             return file.readall()
     except (OSError, ValueError) as error:
@@ -218,8 +231,15 @@ def read_regular_file(path: Path, before: Callable[[bytes, int], None] | None = 
         ) from error
 
 
+def _check_start(start: bytes, size: int) -> None:
+    """Refuse what can't be a checkpoint before memory is taken: a file of holes needs no disk."""
+    _check_header_size(start, size)
+    if size > _LARGE_BYTES:
+        header_end, header, document = _read_header(start)
+        _read_document(header, document, size - header_end)
+
+
 def _check_header_size(start: bytes, size: int) -> None:
-    """Refuse by the first bytes what can't be a checkpoint, before the rest is read."""
     if len(start) < 9 or start[8:9] != b"{":
         raise _Refused("is not a safetensors file", _FOREIGN)
     length = int.from_bytes(start[:8], "little")
@@ -230,20 +250,9 @@ def _check_header_size(start: bytes, size: int) -> None:
 def decode(data: bytes) -> Checkpoint:
     """A checkpoint out of its bytes; `_Refused` for anything that `encode` didn't make."""
     _check_header_size(data[:9], len(data))
-    header_end = 8 + int.from_bytes(data[:8], "little")
-    header = _json(data[8:header_end], "header")
-    text = header.pop("__metadata__", None)
-    if (
-        not isinstance(text, dict)
-        or set(text) != {"mnist_cli"}
-        or not isinstance(text["mnist_cli"], str)
-    ):
-        raise _Refused("is not a checkpoint of mnist-cli", _FOREIGN)
-    document = _json(text["mnist_cli"].encode("utf-8", "surrogatepass"), "document")
-    _check_format(document)
+    header_end, header, document = _read_header(data)
     _check_digest(data, header_end, document.get("digest"))
-    config, rest = _parse_document(document)
-    _check_tensors(header, config, rest.dataset, len(data) - header_end)
+    config, rest = _read_document(header, document, len(data) - header_end)
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # the library's own error class, for a layout that it refuses
@@ -259,6 +268,32 @@ def decode(data: bytes) -> Checkpoint:
         model={n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")},
         optim={n.removeprefix("optim."): t for n, t in tensors.items() if n.startswith("optim.")},
     )
+
+
+def _read_header(data: bytes) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Where the header ends, its tensors, and its document."""
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    header = _json(data[8:header_end], "header")
+    text = header.pop("__metadata__", None)
+    if (
+        not isinstance(text, dict)
+        or set(text) != {"mnist_cli"}
+        or not isinstance(text["mnist_cli"], str)
+    ):
+        raise _Refused("is not a checkpoint of mnist-cli", _FOREIGN)
+    document = _json(text["mnist_cli"].encode("utf-8", "surrogatepass"), "document")
+    _check_format(document)
+    return header_end, header, document
+
+
+def _read_document(
+    header: dict[str, Any], document: dict[str, Any], size: int
+) -> tuple[TrainConfig, _Document]:
+    """The run that the header describes, its `size` bytes of tensors fitting it."""
+    config, rest = _parse_document(document)
+    _check_spec(config, rest.dataset)
+    _check_tensors(header, config, rest.dataset, size)
+    return config, rest
 
 
 def _json(data: bytes, what: str) -> dict[str, Any]:
@@ -343,10 +378,32 @@ def parse_provenance(text: str) -> tuple[TrainConfig, DatasetSpec]:
     try:
         document = _json(text.encode("utf-8", "surrogatepass"), "document")
         _check_format(document)
+        config = train_config(document.pop("config", None))
+        spec = parse(_Provenance, document).dataset
+        _check_spec(config, spec)
     except _Refused as refused:
         raise ValueError(str(refused)) from refused
-    config = train_config(document.pop("config", None))
-    return config, parse(_Provenance, document).dataset
+    return config, spec
+
+
+def _check_spec(config: TrainConfig, spec: DatasetSpec) -> None:
+    """The data must be what the configuration names, in numbers that can be, as names to print."""
+    channels = spec.input_shape[:1] if spec.task == "classification" else (0,)
+    fits = (
+        (spec.name, spec.task) == (config.dataset.name, config.task)
+        and 1 <= len(spec.input_shape) <= 3
+        and all(0 < length < 2**16 for length in spec.input_shape)
+        and bool(spec.classes) == (spec.task == "classification")
+        and all(name.isprintable() and len(name) <= 100 for name in spec.classes)
+        and channels == (len(spec.mean),) == (len(spec.std),)
+        and all(
+            abs(mean) <= 1 and 1e-9 <= std <= 1
+            for mean, std in zip(spec.mean, spec.std, strict=True)
+        )
+        and re.fullmatch(r"[0-9a-f]{64}", spec.digest)
+    )
+    if not fits:
+        raise _Refused("describes data that can't be", _FOREIGN)
 
 
 def _check_tensors(
@@ -361,17 +418,23 @@ def _check_tensors(
     shapes = {f"model.{name}": list(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: _shape(name, entry) for name, entry in header.items()}
     missing = sorted(shapes.keys() - found.keys())
-    extra = sorted(n for n in found.keys() - shapes.keys() if not n.startswith("optim."))
+    states = {
+        f"optim.{name}.{key}": [] if key == "step" else list(parameter.shape)
+        for name, parameter in model.named_parameters()
+        for key in optim_state(config)
+    }
+    if any(name.startswith("optim.") for name in found):
+        missing += sorted(states.keys() - found.keys())
+    extra = sorted(found.keys() - shapes.keys() - states.keys())
     if missing or extra:
         names = ", ".join(shown(name) for name in (missing or extra)[:5])
         raise _Refused(f"{'lacks the tensors' if missing else 'has unknown tensors'} {names}")
+    expected = shapes | states
     for name, shape in found.items():
-        parameter = f"model.{name.removeprefix('optim.').rpartition('.')[0]}"
-        expected = shapes.get(name) or shapes.get(parameter)
-        if expected is None or (
-            shape != expected and not (name.startswith("optim.") and shape == [])
-        ):
-            raise _Refused(f"has a tensor {shown(name)} of shape {shape} instead of {expected}")
+        if shape != expected[name]:
+            raise _Refused(
+                f"has a tensor {shown(name)} of shape {shape} instead of {expected[name]}"
+            )
     if 4 * sum(math.prod(shape) for shape in found.values()) != size:
         raise _Refused(f"holds {size} bytes of tensors, which doesn't fit its header")
 
@@ -380,6 +443,7 @@ def _shape(name: str, entry: Any) -> list[int]:
     fits = (
         isinstance(entry, dict)
         and set(entry) == {"dtype", "shape", "data_offsets"}
+        and isinstance(entry["dtype"], str)
         and isinstance(entry["shape"], list)
         and all(type(length) is int and 0 <= length < 2**40 for length in entry["shape"])
     )
@@ -400,6 +464,7 @@ def load_data(
 
     Raises:
         DataError: it is missing or damaged.
+        CheckpointError: the model of the checkpoint can't be fed with it.
     """
     source = config.dataset
     if isinstance(source, ImageFilesConfig | EmnistConfig):
@@ -407,6 +472,12 @@ def load_data(
             root = source.root
         source = dataclasses.replace(source, root=root, mirror=None)
     data = dataset.load(source, config.seed)
+    if (data.spec.input_shape, len(data.spec.classes)) != (spec.input_shape, len(spec.classes)):
+        raise CheckpointError(
+            f"the checkpoint is for samples of shape {spec.input_shape} and {len(spec.classes)}"
+            f" classes, but {spec.name} has {data.spec.input_shape} and {len(data.spec.classes)}",
+            "take a checkpoint that was trained on this dataset",
+        )
     if spec.digest != data.spec.digest:
         console.warn(
             f"the {spec.name} data here is not what the run used"
@@ -416,6 +487,26 @@ def load_data(
 
 
 # --- optimizer state -----------------------------------------------------------------------------
+
+
+_OPTIM_STATE = {
+    "sgd": (),
+    "momentum": (),
+    "adam": ("step", "exp_avg", "exp_avg_sq"),
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+    "rmsprop": ("step", "square_avg"),
+    "adagrad": ("step", "sum"),
+    "adadelta": ("step", "square_avg", "acc_delta"),
+}
+
+
+def optim_state(config: TrainConfig) -> tuple[str, ...]:
+    """What the optimizer keeps of each parameter once a step is taken, as torch calls it.
+
+    Fused optimizers walk through memory: state of another name or shape must never reach them.
+    """
+    momentum = getattr(config.optim, "momentum", 0)
+    return _OPTIM_STATE[config.optim.name] + (("momentum_buffer",) if momentum else ())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

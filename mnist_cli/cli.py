@@ -7,6 +7,7 @@ and only one that trains, evaluates or exports imports torch.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import types
 
 from mnist_cli import __version__
 from mnist_cli.console import Console
-from mnist_cli.errors import Interrupted, MnistCliError, UsageError, one_line
+from mnist_cli.errors import Interrupted, MnistCliError, UsageError, one_line, shown
 from mnist_cli.line import Line, parse_line
 
 
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` and return its exit code."""
     started_s = time.monotonic()
     words = sys.argv[1:] if argv is None else argv
+    _mend_streams()
     if any(word in ("-sc", "--shell-completion") for word in words):
         from mnist_cli import completion
 
@@ -57,6 +59,17 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def _mend_streams() -> None:
+    """Let a closed stream swallow what is written, and one of a small alphabet escape it."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it stays open until the end
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it stays open until the end
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _stop(number: int, frame: types.FrameType | None) -> None:
     raise Interrupted(number, "interrupted by SIGTERM", "type the command again to start over")
 
@@ -64,6 +77,12 @@ def _stop(number: int, frame: types.FrameType | None) -> None:
 def _dispatch(line: Line, console: Console, started_s: float) -> int:
     from mnist_cli import help as usage
 
+    for folder in line.config_dirs:
+        if not os.path.isdir(folder):
+            raise UsageError(
+                f"--config-dir {shown(folder)} is not a folder",
+                "name a folder with options of your own, such as DIR/optim/NAME.yaml",
+            )
     if "version" in line.own:
         console.answer(f"mnist-cli {__version__}", {"version": __version__})
     elif line.command is None:

@@ -289,6 +289,7 @@ FREE_KEYS = (
 def train_config(data: object) -> TrainConfig:
     """Parse and cross-check. Raises UsageError, naming both sides of what doesn't fit."""
     config = parse(TrainConfig, data)
+    _check_out(config.out)
     _check_device(config.device)
     if isinstance(config.model, MlpConfig) and len(config.model.hidden) > 64:
         raise UsageError(
@@ -322,6 +323,7 @@ def train_config(data: object) -> TrainConfig:
 def eval_config(data: object) -> EvalConfig:
     """Parse and check. Raises UsageError."""
     config = parse(EvalConfig, data)
+    _check_out(config.out)
     _check_checkpoint(config.checkpoint, "eval")
     _check_device(config.device)
     return config
@@ -330,12 +332,18 @@ def eval_config(data: object) -> EvalConfig:
 def export_config(data: object) -> ExportConfig:
     """Parse and cross-check. Raises UsageError."""
     config = parse(ExportConfig, data)
+    _check_out(config.out)
     _check_checkpoint(config.checkpoint, "export")
     if config.quantize != "none" and config.format != "onnx":
         raise UsageError(
             f"quantize={config.quantize} doesn't go with format={config.format}", "type format=onnx"
         )
     return config
+
+
+def _check_out(out: str | None) -> None:
+    if out is not None and not out.strip():
+        raise UsageError("out= is empty", "name a folder (out=DIR), or leave it away")
 
 
 def _check_checkpoint(checkpoint: str, command: str) -> None:

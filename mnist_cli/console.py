@@ -55,6 +55,10 @@ class Console:
         except BrokenPipeError:
             self._reader_left()
 
+    def record(self, text: str) -> None:
+        """A line for the log of the run alone."""
+        self._to_log(text + "\n")
+
     def detail(self, text: str) -> None:
         """A line that is worth its place where a run stands alone."""
         if self.brief:
@@ -65,12 +69,13 @@ class Console:
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}")
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is text, the others are numbers and stand to the right."""
         from rich import box
         from rich.table import Table
 
-        table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+        is_utf8 = (getattr(self._stream, "encoding", None) or "utf-8").lower().startswith("utf")
+        table = Table(box=box.SIMPLE_HEAD if is_utf8 else box.ASCII)
         for position, header in enumerate(headers):
             is_text = position == 0
             justify: Literal["left", "right"] = "left" if is_text else "right"
@@ -104,7 +109,6 @@ class Console:
 
     def error(self, message: str, hint: str, exit_code: int) -> None:
         """The two lines of an expected failure, and the same as a document with `--json`."""
-        self._to_log(f"error: {message}\nhint: {hint}\n")
         self.document({"error": message, "hint": hint, "exit_code": exit_code})
         sys.stderr.write(f"error: {message}\nhint: {hint}\n")
 

@@ -15,6 +15,7 @@ HYDRA_FLAGS = {
     "-cd": True, "--config-dir": True, "-cp": True, "--config-path": True,
     "-cn": True, "--config-name": True, "-i": False, "--info": False,
 }  # fmt: skip
+CFG_TOPICS = ("job", "hydra", "all")
 INFO_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 OWN_FLAGS = {"--help": "help", "-h": "help", "--version": "version", "--json": "json",
              "--quiet": "quiet", "-q": "quiet"}  # fmt: skip
@@ -34,8 +35,15 @@ class Line(NamedTuple):
         return tuple(value for flag, value in pairs if flag in ("-cd", "--config-dir"))
 
     @property
+    def hydra_flags(self) -> set[str]:
+        """Hydra's flags without their values."""
+        return {word.split("=", 1)[0] for word in self.hydra if word.startswith("-")}
+
+    @property
     def is_multirun(self) -> bool:
-        return bool({"-m", "--multirun"} & set(self.hydra))
+        return bool({"-m", "--multirun"} & self.hydra_flags) or "hydra.mode=MULTIRUN" in (
+            self.overrides
+        )
 
 
 def parse_line(words: list[str]) -> Line:
@@ -62,6 +70,11 @@ def parse_line(words: list[str]) -> Line:
                 if not queue:
                     raise UsageError(f"{word} needs a value", "type mnist-cli --help")
                 hydra.append(queue.pop(0))
+            topic = hydra[-1].split("=", 1)[-1]
+            if flag in ("-c", "--cfg") and topic not in CFG_TOPICS:
+                raise UsageError(
+                    f"--cfg {shown(topic)} is not a choice", f"type --cfg {', '.join(CFG_TOPICS)}"
+                )
         elif word.startswith("-") and word not in ("-", "--"):
             raise _unknown_flag(word, queue)
         else:

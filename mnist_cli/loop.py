@@ -65,7 +65,7 @@ def fit(job: Job, folder: RunFolder, console: Console) -> str:
     total_steps = config.epochs * job.steps_per_epoch
     clock = SaveClock(config.save_every)
     step, loss_sum, epoch_s = job.progress.step, job.progress.loss_sum, job.progress.epoch_s
-    with runtime.SignalWatch() as signals, console.bar() as bar, _profiler(job, folder) as profiler:
+    with runtime.SignalWatch() as signals, console.bar() as bar, _Profiler(job, folder) as profiler:
         while step < total_steps and not is_out_of_patience(job):
             epoch, position = divmod(step, job.steps_per_epoch)
             order = runtime.permutation(config.seed, epoch, len(train)).to(job.device)
@@ -155,7 +155,9 @@ def take_step(job: Job, indices: Tensor, step: int, lr: float) -> float:
         inputs = job.normalise(train.inputs[batch])
         with _autocast(job):
             outputs = job.forward(inputs)
-        loss = job.loss(outputs.float(), train.targets[batch]) * (len(batch) / len(indices))
+        loss = job.loss(outputs.float(), train.targets[batch])
+        if len(batch) < len(indices):
+            loss = loss * (len(batch) / len(indices))
         job.scaler.scale(loss).backward()
         total += loss.item()
     if not math.isfinite(total):
@@ -300,23 +302,31 @@ def timed(times: dict[str, float], name: str) -> Iterator[None]:
         times[name] = times.get(name, 0.0) + time.perf_counter() - started
 
 
-class _NoProfiler:
+class _Profiler:
+    """With profile=true: a trace of the first steps, for chrome://tracing or ui.perfetto.dev."""
+
+    def __init__(self, job: Job, folder: RunFolder) -> None:
+        self._path = folder.path / "trace.json"
+        self._left = PROFILED_STEPS if job.config.profile else 0
+
+    def __enter__(self) -> _Profiler:
+        if self._left:
+            from torch.profiler import profile
+
+            self._profile = profile()
+            self._profile.start()
+        return self
+
     def step(self) -> None:
-        pass
+        if self._left:
+            self._left -= 1
+            if not self._left:
+                self._write()
 
+    def __exit__(self, *error: object) -> None:
+        if self._left:
+            self._write()
 
-@contextlib.contextmanager
-def _profiler(job: Job, folder: RunFolder) -> Iterator[Any]:
-    """With profile=true: a trace of some early steps, for chrome://tracing or ui.perfetto.dev."""
-    if not job.config.profile:
-        yield _NoProfiler()
-        return
-    from torch.profiler import profile
-    from torch.profiler import schedule as profiled
-
-    def write(profiler: Any) -> None:
-        profiler.export_chrome_trace(str(folder.path / "trace.json"))
-
-    steps = profiled(wait=1, warmup=2, active=PROFILED_STEPS, repeat=1)
-    with profile(schedule=steps, on_trace_ready=write) as profiler:
-        yield profiler
+    def _write(self) -> None:
+        self._profile.stop()
+        self._profile.export_chrome_trace(str(self._path))

@@ -69,6 +69,8 @@ def load(
     for path in _checkpoints_in(folder.path):
         try:
             found = checkpoints.load(path)
+            if found.progress.step and not found.optim and checkpoints.optim_state(found.config):
+                raise CheckpointError(f"{path} holds no state of the optimizer", "")
         except CheckpointError as error:
             reasons.append(error.message)
             console.warn(error.message)

@@ -11,6 +11,7 @@ import datetime
 import io
 import json
 import os
+import re
 import secrets
 import shlex
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from mnist_cli.console import Console
 from mnist_cli.errors import UsageError
 
 SCHEMA = 1
+_WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,16 @@ def command_of(config: TrainConfig) -> str:
     return shlex.join(words)
 
 
+def quoted(text: str) -> str:
+    """`text` as a quoted value of Hydra's override grammar.
+
+    There a backslash is only special before a quote or at the end.
+    """
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", text)
+    ending = escaped[len(escaped.rstrip("\\")) :]
+    return f"'{escaped}{ending}'"
+
+
 def _override(value: Any) -> str:
     """`value` in Hydra's override grammar."""
     if value is None:
@@ -193,8 +205,7 @@ def _override(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(_override(item) for item in value)}]"
     if isinstance(value, str):
-        plain = value.replace("_", "").isalnum() and not value[0].isdigit()
-        return value if plain else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        return value if _WORD.fullmatch(value) else quoted(value)
     return repr(value)
 
 

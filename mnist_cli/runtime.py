@@ -28,10 +28,11 @@ def resolve_device(name: str, precision: str = "float32") -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if count else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= count:
         found = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA"
         raise UsageError(f"device={name} is not there: this machine has {found}", "type device=cpu")
+    device = torch.device(name)
     if precision != "float32" and device.type != "cuda":
         raise UsageError(
             f"precision={precision} needs CUDA, but the device is {device}",

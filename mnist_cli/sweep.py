@@ -26,6 +26,11 @@ class Job(NamedTuple):
     words: tuple[str, ...]
     config: TrainConfig | EvalConfig | ExportConfig
 
+    @property
+    def typed(self) -> list[str]:
+        """The keys that the user named."""
+        return [word.lstrip("+~").partition("=")[0] for word in self.words]
+
 
 def run(
     jobs: Sequence[Job], console: Console, command: Callable[[Job, Console], dict[str, Any]]

@@ -143,6 +143,7 @@ def _finish(job: Job, folder: RunFolder, console: Console, started_s: float) -> 
             KeyboardInterrupt: "interrupted",
         }
         result = _result(job, folder, status.get(type(error), "failed"), started_s)
+        console.record(f"error: {getattr(error, 'message', 'interrupted')}")
         with contextlib.suppress(ResourceError):
             folder.write_result(result | {"error": getattr(error, "message", "interrupted")})
         raise

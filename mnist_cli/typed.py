@@ -171,9 +171,10 @@ class UnknownKeyError(UsageError):
 def unknown_key(key: str, known: list[str]) -> UnknownKeyError:
     """The error for a key that doesn't exist, with the full path of the nearest that does."""
     best = nearest(key, known)
-    return UnknownKeyError(
-        key, f"did you mean {best}=...?" if best else f"keys are: {', '.join(known)}"
-    )
+    if best is not None:
+        return UnknownKeyError(key, f"did you mean {best}=...?")
+    more = ", ..." if len(known) > 12 else ""
+    return UnknownKeyError(key, f"keys are: {', '.join(known[:12])}{more}")
 
 
 def nearest(word: str, words: list[str]) -> str | None:

@@ -16,10 +16,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 REAL_MNIST = Path(os.environ.get("MNIST_CLI_DATA") or ROOT.parent / "shared" / "mnist")
 TORTURE = os.environ.get("MNIST_CLI_TORTURE") == "1"
+NUM_GENERATED = 2000 if TORTURE else 300  # malformed lines of a test; one takes up to 0.1 s
 
 # Read when torch is loaded, here or in a process that a test starts: the small products of these
 # tests stall with several threads on busy cores, and bits are only equal with equal threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_report_header() -> str:
+    more = "" if TORTURE else "; MNIST_CLI_TORTURE=1 makes it 2000, and compiles a model"
+    return f"mnist-cli: {NUM_GENERATED} generated command lines per test{more}"
 
 
 class Outcome(NamedTuple):

@@ -133,7 +133,7 @@ class Normalise(nn.Module):
         """Raw inputs to what the model takes, on their device."""
         if not self.is_image:
             return inputs
-        return inputs.to(torch.float32) * self.scale - self.shift
+        return inputs.to(torch.float32, copy=True).mul_(self.scale).sub_(self.shift)
 
 
 def _classification(

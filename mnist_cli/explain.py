@@ -1,0 +1,118 @@
+"""What Hydra and OmegaConf raise, as one line of what is wrong and one of what to type."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from mnist_cli import conf
+from mnist_cli.errors import UsageError, shown
+from mnist_cli.line import Line
+from mnist_cli.typed import nearest, unknown_key
+
+# Hydra raises the plain ones too, where a group is given something that is no name.
+ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+)
+
+
+@contextlib.contextmanager
+def hydra_errors(line: Line) -> Iterator[None]:
+    """Explain what Hydra raises while it reads and composes `line`. Run no command inside."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except ERRORS as error:
+        raise _explained(line, error) from error
+    finally:
+        if before is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def no_such_key(line: Line, key: str) -> UsageError:
+    """The error for a key that doesn't exist at all, or not in the option that is chosen."""
+    known = conf.known_keys(line.command or "", line.config_dirs)
+    group, _, rest = key.partition(".")
+    if group in conf.GROUPS and rest == "name":
+        return UsageError(f"{key} is fixed by the option", f"choose another one: {group}=OPTION")
+    owners = [
+        name
+        for name, option in conf.options(group, line.config_dirs).items()
+        if key in [known_key.path for known_key in option.keys]
+    ]
+    if owners:
+        return UsageError(
+            f"the chosen {group} has no key {shown(key)}",
+            f"{key} belongs to {group}={', '.join(owners)}",
+        )
+    return unknown_key(key, known)
+
+
+def _explained(line: Line, error: Exception) -> UsageError:
+    text = str(error).strip()
+    if isinstance(error, OverrideParseException):
+        return _unreadable(line, error.override)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return _unknown_option(line, group, name, sorted(error.options or []))
+    if match := re.match(r"Could not override '([^'@]+)'", text):
+        if match[1] == conf.EXPERIMENT:
+            return UsageError(
+                "experiment is not part of the defaults", f"type +{_word_of(line, match[1])}"
+            )
+        return no_such_key(line, match[1])
+    if match := re.match(r"Could not delete from config. '([^']+)'", text):
+        return no_such_key(line, match[1])
+    if match := re.search(r"Multiple values for (\S+)\.", text):
+        return UsageError(f"{match[1]} is chosen twice", f"type {match[1]}=OPTION without the +")
+    if match := re.match(r"Could not append to config. An item is already at '([^']+)'", text):
+        return UsageError(
+            f"{shown(match[1])} is there already", f"type {match[1]}=VALUE without the +"
+        )
+    for group, _, name in (word.partition("=") for word in line.overrides):
+        options = list(conf.options(group, line.config_dirs)) if group in conf.GROUPS else []
+        if options and name not in options:
+            return _unknown_option(line, group, name, options)
+    first = text.splitlines()[0] if text else type(error).__name__
+    words = shown(" ".join(line.overrides))
+    return UsageError(f"can't compose {words}: {first}", f"type mnist-cli {line.command} --help")
+
+
+def _word_of(line: Line, key: str) -> str:
+    return next((w for w in line.overrides if w.startswith(f"{key}=")), f"{key}=NAME")
+
+
+def _unreadable(line: Line, word: str) -> UsageError:
+    key, equals, value = word.partition("=")
+    if not equals:
+        takes_checkpoint = line.command in ("eval", "export")
+        return UsageError(
+            f"{shown(word)} is not an override",
+            f"type checkpoint={word}"
+            if takes_checkpoint
+            else "overrides look like key=value: optim.lr=0.01",
+        )
+    return UsageError(f"can't read the value of {shown(word)}", f"quote it: \"{key}='{value}'\"")
+
+
+def _unknown_option(line: Line, group: str, name: str, options: list[str]) -> UsageError:
+    if not options:
+        return no_such_key(line, group or name)
+    best = nearest(name, options)
+    plus = "+" if group == conf.EXPERIMENT else ""
+    meant = f"did you mean {plus}{group}={best}? " if best else ""
+    return UsageError(
+        f"there is no {group} {shown(name)}", f"{meant}there are: {', '.join(options)}"
+    )

@@ -1,0 +1,131 @@
+"""Lines that speak of Hydra itself, handed whole to `hydra.main`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from mnist_cli import compose, conf, sweep
+from mnist_cli.config import TrainConfig
+from mnist_cli.console import Console
+from mnist_cli.errors import MnistCliError, UsageError
+from mnist_cli.explain import hydra_errors
+from mnist_cli.line import Line
+from mnist_cli.run import quoted
+
+ARGUMENTS: dict[str, Any] = (
+    {"version_base": "1.3"} if compose.IS_13 else {"execution_whitelist": ["mnist_cli.*"]}
+)
+SHOWING = {"-c", "--cfg", "-i", "--info", "--hydra-help"}
+
+
+def run(line: Line, overrides: Sequence[str], console: Console) -> int:
+    """Run `line` through `hydra.main`. Raises what the command raises, and UsageError."""
+    if line.hydra_flags & SHOWING:
+        return _show(line, overrides, console)
+    if line.is_multirun:
+        return _run_sweep(line, overrides, console)
+    outcome: list[Any] = []
+
+    def task(composed: DictConfig) -> None:
+        # Kept, not raised: Hydra would add lines of its own.
+        try:
+            outcome.append(compose.command(compose.checked(line, composed), _typed(), console))
+        except Exception as error:
+            outcome.append(error)
+
+    _hydra_main(line, overrides, task)
+    for document in outcome:
+        if isinstance(document, Exception):
+            raise document
+        console.document(document)
+    return 0
+
+
+def _show(line: Line, overrides: Sequence[str], console: Console) -> int:
+    """`--cfg`, `--info` and the like: what Hydra prints, or the same as a JSON document."""
+    printed, complaints = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
+        try:
+            _hydra_main(line, overrides, lambda composed: None)
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                last = (complaints.getvalue().strip().splitlines() or ["Hydra can't show this"])[-1]
+                raise UsageError(last, f"type mnist-cli {line.command} --help") from end
+    text = printed.getvalue().rstrip("\n")
+    is_yaml = {"-c", "--cfg"} & line.hydra_flags
+    data = OmegaConf.to_container(OmegaConf.create(text)) if is_yaml else {"output": text}
+    console.answer(text, data)
+    return 0
+
+
+def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
+    """A sweep by one of Hydra's sweepers and launchers, wherever they run its jobs."""
+    _check_jobs(line, overrides)
+    folder = sweep.folder_of(line.overrides)
+    own = [word for word in overrides if not re.match(r"(out|hydra\.sweep\.dir)=", word)]
+    failures: list[MnistCliError] = []
+
+    def task(composed: DictConfig) -> float:
+        config = HydraConfig.get()
+        try:
+            job = sweep.Job(tuple(config.overrides.task), compose.checked(line, composed))
+            if isinstance(job.config, TrainConfig):
+                job = sweep.placed(job, Path(config.sweep.dir), [job])
+            document = compose.command(job.config, _typed(), console)
+        except MnistCliError as error:
+            # Kept, not raised: Hydra would add lines of its own. A sweeper takes NaN for a failure.
+            console.say(f"failed: {error.message}")
+            failures.append(error)
+            return math.nan
+        value = (document.get("best") or {}).get("value")
+        return math.nan if value is None else float(value)
+
+    _hydra_main(line, [*own, f"hydra.sweep.dir={quoted(str(folder))}"], task)
+    jobs = sweep.results_in(folder)
+    if failures and not jobs:
+        raise failures[0]
+    return sweep.finish(console, folder, jobs)
+
+
+def _check_jobs(line: Line, overrides: Sequence[str]) -> None:
+    """Compose every job before one starts, where the values are listed and not searched for."""
+    plain = [word for word in overrides if not re.match(r"[+~]{0,2}hydra[./=@]", word)]
+    with hydra_errors(line), compose.initialized(line):
+        parsed = OverridesParser.create().parse_overrides(plain)
+        if all(o.is_discrete_sweep() for o in parsed if o.is_sweep_override()):
+            compose.sweep_jobs(line, parsed)
+
+
+def _hydra_main(line: Line, overrides: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
+    if compose.IS_13 and sys.version_info >= (
+        3,
+        14,
+    ):  # hydra#3121: its help text fails argparse's check
+        argparse.ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]
+    arguments, sys.argv = sys.argv, ["mnist-cli", *line.hydra, *overrides]
+    try:
+        with hydra_errors(line):
+            main = hydra.main(
+                config_path=str(conf.conf_dir()), config_name=line.command, **ARGUMENTS
+            )
+            main(task)()
+    finally:
+        sys.argv = arguments
+
+
+def _typed() -> list[str]:
+    """The keys that the user named, as Hydra tells a job."""
+    return [word.lstrip("+~").partition("=")[0] for word in HydraConfig.get().overrides.task]

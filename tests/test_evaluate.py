@@ -1,0 +1,169 @@
+"""`eval` repeats the numbers of a run to the last bit, and changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome, Program
+
+from mnist_cli import checkpoint, config, dataset, scoring
+
+pytestmark = pytest.mark.usefixtures("empty_cwd")
+
+Trained = Callable[..., Path]
+MLP = ("dataset=digits", "epochs=2", "model=mlp", "model.hidden=[16]")
+DROPOUT = ("dataset=digits", "epochs=1", "model=cnn_dropout")
+LINE = ("dataset=linear", "model=linear", "loss=mse", "optim=sgd", "epochs=3")
+NOISY = (*LINE, "dataset.num_samples=50", "dataset.noise=0.1", "dataset.val_fraction=0.2")
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "result.json").read_text())
+    return found
+
+
+def document(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.code == 0, outcome
+    found: dict[str, Any] = json.loads(outcome.stdout)
+    return found
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("words", [MLP, DROPOUT, NOISY], ids=["mlp", "cnn_dropout", "line"])
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_repeats_the_run_to_the_last_bit(
+    mnist_cli: Program, trained: Trained, words: tuple[str, ...], split: str
+) -> None:
+    run = trained(*words)
+    before = content(run)
+    found = document(mnist_cli("eval", f"checkpoint={run}", f"split={split}", "--json"))
+    assert found == {
+        "checkpoint": str(run / "best.safetensors"),
+        "split": split,
+        "metrics": result_of(run)[split],
+    }
+    assert content(run) == before
+    assert os.listdir() == []
+
+
+def test_the_training_split(mnist_cli: Program, trained: Trained) -> None:
+    run = trained(*MLP)
+    found = document(mnist_cli("eval", f"checkpoint={run}", "split=train", "--json"))
+    assert found["metrics"]["n"] == result_of(run)["dataset"]["n_train"] == 1366
+    assert len({json.dumps(result_of(run)[split]) for split in ("val", "test")}) == 2
+
+
+def test_an_empty_split_is_a_usage_error(mnist_cli: Program, trained: Trained) -> None:
+    run = trained(*LINE)
+    outcome = mnist_cli("eval", f"checkpoint={run}", "split=val")
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert "dataset.val_fraction=0" in outcome.error
+    assert outcome.hint == "type split=test"
+
+
+def test_a_file_is_evaluated_as_it_is(mnist_cli: Program, trained: Trained) -> None:
+    run = trained(*MLP, "optim.lr=0.1", "seed=1", "monitor=val_loss")
+    for name in ("best", "last"):
+        shutil.copy(run / f"{name}.safetensors", f"{name}.safetensors")
+    found = {
+        name: document(mnist_cli("eval", f"checkpoint={name}.safetensors", "--json"))["metrics"]
+        for name in ("best", "last")
+    }
+    assert found["best"] == result_of(run)["test"]
+    rows = (run / "metrics.csv").read_text().splitlines()
+    if result_of(run)["best"]["epoch"] < len(rows) - 1:
+        assert found["last"] != found["best"]
+    val = document(mnist_cli("eval", "checkpoint=last.safetensors", "split=val", "--json"))
+    assert str(val["metrics"]["accuracy"]) == rows[-1].split(",")[5]
+
+
+@pytest.mark.parametrize("words", [MLP, NOISY], ids=["mlp", "line"])
+def test_an_exported_file_gives_the_same_answers(
+    mnist_cli: Program, trained: Trained, words: tuple[str, ...]
+) -> None:
+    run = trained(*words)
+    assert mnist_cli("export", f"checkpoint={run}", "out=.", "-q").code == 0
+    found = document(mnist_cli("eval", "checkpoint=model.onnx", "--json"))
+    expected = result_of(run)["test"]
+    assert found["checkpoint"] == "model.onnx"
+    assert found["metrics"].keys() == expected.keys()
+    for key in ("accuracy", "confusion") if "accuracy" in expected else ():
+        assert found["metrics"][key] == expected[key]
+    assert found["metrics"]["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-9)
+
+
+def test_writes_only_where_it_is_told(mnist_cli: Program, trained: Trained) -> None:
+    run = trained(*MLP)
+    outcome = mnist_cli("eval", f"checkpoint={run}", "out=a/b", "--json")
+    assert [path.name for path in Path("a/b").iterdir()] == ["eval.json"]
+    assert json.loads(Path("a/b/eval.json").read_text()) == document(outcome)
+
+
+def test_shows_a_table_with_a_row_for_each_class(mnist_cli: Program, trained: Trained) -> None:
+    run = trained(*MLP)
+    code, stdout, stderr = mnist_cli("eval", f"checkpoint={run}")
+    assert (code, stderr) == (0, "")
+    measured = result_of(run)["test"]
+    assert f"{measured['accuracy']:.2%}" in stdout
+    for row in measured["per_class"]:
+        cells = (f"{row['precision']:.4f}", f"{row['recall']:.4f}", f"{row['f1']:.4f}")
+        assert any(line.split()[:4] == [row["label"], *cells] for line in stdout.splitlines())
+
+
+def test_answers_change_neither_weights_nor_random_numbers(trained: Trained) -> None:
+    found = checkpoint.load(trained(*DROPOUT) / "best.safetensors")
+    model = found.build_model(torch.device("cpu"))
+    data = dataset.load(found.config.dataset, found.config.seed)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    model.train()
+    first = scoring.answers(model, found.spec, data.test)
+    second = scoring.answers(model, found.spec, data.test)
+    assert torch.equal(first, second)
+    assert first.shape == (len(data.test), 10) and not first.requires_grad
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_checkpoint_that_is_not_there(mnist_cli: Program) -> None:
+    Path("empty").mkdir()
+    Path("text.onnx").write_text("no graph")
+    Path("text.safetensors").write_text("no tensors")
+    for name in ("nowhere", "empty", "text.onnx", "text.safetensors", "nowhere.onnx", "a\0b"):
+        outcome = mnist_cli("eval", f"checkpoint={name}")
+        assert (outcome.code, outcome.stdout) == (4, ""), name
+        assert len(outcome.stderr.splitlines()) == 2
+    assert sorted(os.listdir()) == ["empty", "text.onnx", "text.safetensors"]
+
+
+def test_data_of_another_digest_is_said_so(
+    mnist_cli: Program, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(*NOISY)
+    load = dataset.load
+
+    def other(source: config.DatasetConfig, seed: int) -> dataset.Dataset:
+        data = load(source, seed)
+        object.__setattr__(data.spec, "digest", "f" * 64)
+        return data
+
+    monkeypatch.setattr(dataset, "load", other)
+    outcome = mnist_cli("eval", f"checkpoint={run}")
+    assert outcome.code == 0
+    assert "warning: the linear data here is not what the run used" in outcome.stdout
