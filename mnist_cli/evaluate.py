@@ -14,7 +14,7 @@ from mnist_cli import durable, onnx_file, runtime, scoring
 from mnist_cli.config import EvalConfig, TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.dataset import DatasetSpec, Split
-from mnist_cli.errors import UsageError
+from mnist_cli.errors import CheckpointError, UsageError
 from mnist_cli.loss import build_loss
 
 
@@ -59,6 +59,10 @@ def _evaluate(
             f"split={config.split} is empty: the run had dataset.val_fraction=0", "type split=test"
         )
     outputs = answer(split)
+    if not outputs.isfinite().all():
+        raise CheckpointError(
+            f"{path} gives answers that are not finite numbers", "train again, or take another one"
+        )
     loss = build_loss(trained.loss, spec.task)
     measured = scoring.measure(outputs, split.to(outputs.device), spec, loss)
     document = {"checkpoint": str(path), "split": config.split, "metrics": measured}
