@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,17 +170,18 @@ def find(path: str) -> Path:
     Raises:
         CheckpointError: there is no such file.
     """
+    hint = "name a run folder or a .safetensors file: checkpoint=RUN"
     try:
         found = Path(path).expanduser()
         if found.is_dir():
-            found = found / "best.safetensors"
+            last, found = found / "last.safetensors", found / "best.safetensors"
+            if last.exists():
+                hint = f"nothing is selected yet; type {shlex.quote(f'checkpoint={last}')}"
         if found.exists():
             return found
     except (OSError, ValueError, RuntimeError) as error:  # the last: of an unknown ~user
         raise CheckpointError(f"can't open {shown(path)}: {error}", "check the path") from error
-    raise CheckpointError(
-        f"no checkpoint at {found}", "name a run folder or a .safetensors file: checkpoint=RUN"
-    )
+    raise CheckpointError(f"no checkpoint at {found}", hint)
 
 
 def load(path: Path) -> Checkpoint:

@@ -16,7 +16,14 @@ import types
 
 from mnist_cli import __version__
 from mnist_cli.console import Console
-from mnist_cli.errors import Interrupted, MnistCliError, UsageError, one_line, shown
+from mnist_cli.errors import (
+    Interrupted,
+    MnistCliError,
+    UsageError,
+    is_out_of_memory,
+    one_line,
+    shown,
+)
 from mnist_cli.line import Line, parse_line
 
 
@@ -47,10 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        console.error("out of memory", "close other programs, or take less data", 6)
-        return 6
     except Exception as error:
+        if is_out_of_memory(error):
+            console.error("out of memory", "type a smaller batch_size=, or take a smaller model", 6)
+            return 6
         import traceback
 
         traceback.print_exc()

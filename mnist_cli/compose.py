@@ -56,7 +56,7 @@ def run(line: Line, console: Console, started_s: float) -> int:
             jobs = sweep_jobs(line, parsed)
         else:
             _refuse_sweep_values(parsed)
-            config = _compose(line, overrides)
+            config = _compose(line, [*_groups_of_run(line), *overrides])
     if line.is_multirun:
         from mnist_cli import sweep
 
@@ -110,6 +110,10 @@ def checked(line: Line, composed: DictConfig) -> Any:
             raise UsageError(f"{key!s}= is required", f"type mnist-cli {line.command} {key!s}=RUN")
     for word in line.overrides:
         key = word.lstrip("+~").partition("=")[0]
+        if key in conf.GROUPS and "[" in word:
+            raise UsageError(
+                f"{shown(word)} names several options of {key}", f"type one, or -m {key}=a,b"
+            )
         if key.endswith(".name") and key.removesuffix(".name") in conf.GROUPS:
             raise no_such_key(line, key)
     try:
@@ -118,10 +122,26 @@ def checked(line: Line, composed: DictConfig) -> Any:
         raise no_such_key(line, error.key) from None
 
 
+def _groups_of_run(line: Line) -> list[str]:
+    """With `resume=RUN`: the options that the run has chosen, for the groups that aren't typed.
+
+    So that `resume=RUN model.hidden=[32]` finds the key in the model of the run.
+    """
+    words = dict(word.partition("=")[::2] for word in line.overrides)
+    chosen = conf.read(Path(words.get("resume", "").strip("'\"")) / "config.yaml").keys
+    names = {key.path.removesuffix(".name"): str(key.value) for key in chosen}
+    return [
+        f"{group}={names[group]}"
+        for group in conf.GROUPS
+        if group not in words and names.get(group) in conf.options(group, line.config_dirs)
+    ]
+
+
 def sweep_jobs(line: Line, parsed: Sequence[Override]) -> list[Job]:
     """Every job of a sweep, composed and checked before the first one starts."""
     combinations = BasicSweeper.split_arguments(list(parsed), None)[0]
-    jobs = [Job(tuple(words), _compose(line, words)) for words in combinations]
+    distinct = dict.fromkeys(tuple(words) for words in combinations)
+    jobs = [Job(words, _compose(line, words)) for words in distinct]
     if not jobs:
         raise UsageError("the sweep has no jobs: a key has no values", "type key=a,b with -m")
     return jobs
@@ -132,9 +152,9 @@ def _refuse_sweep_values(parsed: Sequence[Override]) -> None:
         if override.is_sweep_override():
             word = override.input_line or ""
             key, _, value = word.partition("=")
+            as_list = "" if key in conf.GROUPS else f", or type a list as '{key}=[{value}]'"
             raise UsageError(
-                f"{shown(word)} gives several values to {key}",
-                f"add -m to try each, or type a list as '{key}=[{value}]'",
+                f"{shown(word)} gives several values to {key}", f"add -m to try each{as_list}"
             )
 
 

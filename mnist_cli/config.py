@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from mnist_cli.errors import UsageError
 from mnist_cli.typed import Range, parse
 
-MAX_NUMBERS = 10**8  # of a synthetic training set
+MAX_NUMBERS = 10**7  # of a synthetic training set
 
 Count = Annotated[int, Range(least=1, most=10**9)]
 Positive = Annotated[float, Range(above=0)]
@@ -300,18 +300,20 @@ def train_config(data: object) -> TrainConfig:
         _check_mirror(config.dataset.mirror)
     if isinstance(config.dataset, LinearDatasetConfig):
         _check_size(config.dataset)
-    _check_task(config)
-    _check_optim(config)
-    _check_length(config)
     if isinstance(config.save_every, str):
         save_every_s(config.save_every)
     if config.resume == "auto" and config.out is None:
         raise UsageError("resume=auto needs out=DIR", "name the folder: resume=auto out=DIR")
-    if config.resume not in (None, "auto") and config.out is not None:
-        raise UsageError(
-            f"resume={config.resume} and out={config.out} name two folders",
-            "leave out= away: a run is continued in its own folder",
-        )
+    if config.resume not in (None, "auto"):
+        if config.out is not None:
+            raise UsageError(
+                f"resume={config.resume} and out={config.out} name two folders",
+                "leave out= away: a run is continued in its own folder",
+            )
+        return config  # what was typed goes with what the run holds, and is checked with it
+    _check_task(config)
+    _check_optim(config)
+    _check_length(config)
     if config.precision != "float32" and config.device == "cpu":
         raise UsageError(
             f"precision={config.precision} doesn't go with device=cpu",
@@ -420,6 +422,12 @@ def _check_length(config: TrainConfig) -> None:
             f"early_stop.patience={patience} watches the validation split,"
             " but dataset.val_fraction=0 leaves none",
             "type dataset.val_fraction=0.1, or early_stop.patience=null",
+        )
+    if config.monitor != "auto" and config.dataset.val_fraction == 0:
+        raise UsageError(
+            f"monitor={config.monitor} watches the validation split,"
+            " but dataset.val_fraction=0 leaves none",
+            "type dataset.val_fraction=0.1, or monitor=auto",
         )
     if config.schedule.warmup_epochs >= epochs and config.schedule.warmup_epochs > 0:
         raise UsageError(

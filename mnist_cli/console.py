@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from mnist_cli.errors import ResourceError
+
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.progress import Progress
@@ -52,7 +54,7 @@ class Console:
             else:
                 self._stream.write(text + "\n")
                 self._stream.flush()
-        except BrokenPipeError:
+        except OSError:  # `| head` closed its end, or a full disk is behind it
             self._reader_left()
 
     def record(self, text: str) -> None:
@@ -98,18 +100,27 @@ class Console:
                 sys.stdout.flush()
             except BrokenPipeError:
                 self._reader_left()
+            except OSError as error:
+                raise _unwritable(error) from error
 
     def answer(self, text: str, data: Any) -> None:
         """What a command was asked for: `data` with `--json`, else `text`, also with `--quiet`."""
         if self.as_json:
             self.document(data)
         else:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+            try:
+                sys.stdout.write(text + "\n")
+                sys.stdout.flush()
+            except BrokenPipeError:
+                self._reader_left()
+            except OSError as error:
+                raise _unwritable(error) from error
 
-    def error(self, message: str, hint: str, exit_code: int) -> None:
-        """The two lines of an expected failure, and the same as a document with `--json`."""
-        self.document({"error": message, "hint": hint, "exit_code": exit_code})
+    def error(
+        self, message: str, hint: str, exit_code: int, more: dict[str, Any] | None = None
+    ) -> None:
+        """The two lines of an expected failure; with `--json` also as a document, with `more`."""
+        self.document({"error": message, "hint": hint, "exit_code": exit_code} | (more or {}))
         sys.stderr.write(f"error: {message}\nhint: {hint}\n")
 
     def _to_log(self, text: str) -> None:
@@ -123,7 +134,7 @@ class Console:
             self.warn(f"train.log can't be written ({error.strerror}); going on without it")
 
     def _reader_left(self) -> None:
-        """`| head` closed its end: say nothing more, but finish the work."""
+        """Say nothing more, but finish the work."""
         self.quiet = True
         self.as_json = False
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -190,6 +201,13 @@ class Bar:
             note=note,
             refresh=True,
         )
+
+
+def _unwritable(error: OSError) -> ResourceError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush
+    return ResourceError(
+        f"can't write to the standard output: {error.strerror}", "send it elsewhere"
+    )
 
 
 def _rich(stream: IO[str], width: int | None = None) -> RichConsole:

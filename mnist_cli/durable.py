@@ -108,14 +108,19 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
+            holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+            stop = f" or stop it (kill {holder})" if holder else ""
             raise LockedError(
-                f"{folder} is in use by process {holder}",
-                f"wait for it or stop it (kill {holder}), or name another folder with out=DIR",
+                f"{folder} is in use by process {holder or 'unknown'}",
+                f"wait for it{stop}, or name another folder with out=DIR",
             ) from None
         with writing(path):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)

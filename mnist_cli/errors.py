@@ -79,6 +79,15 @@ class Interrupted(BaseException):
         self.hint = one_line(hint)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch's CPU allocator or a GPU found no memory."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
 def one_line(text: str, limit: int = 400) -> str:
     """`text` without control characters (they come escaped) and of at most `limit` characters.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mnist_cli import checkpoint as checkpoints
@@ -59,6 +60,11 @@ def _evaluate(
             f"split={config.split} is empty: the run had dataset.val_fraction=0", "type split=test"
         )
     outputs = answer(split)
+    if outputs.shape != (len(split), spec.num_outputs) or outputs.dtype != torch.float32:
+        raise CheckpointError(
+            f"{path} gives answers of shape {tuple(outputs.shape)} and type {outputs.dtype}",
+            "name a file that mnist-cli export wrote",
+        )
     if not outputs.isfinite().all():
         raise CheckpointError(
             f"{path} gives answers that are not finite numbers", "train again, or take another one"

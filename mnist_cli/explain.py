@@ -7,24 +7,12 @@ import os
 import re
 from collections.abc import Iterator
 
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import MissingConfigException, OverrideParseException
 
 from mnist_cli import conf
-from mnist_cli.errors import UsageError, shown
+from mnist_cli.errors import MnistCliError, UsageError, shown
 from mnist_cli.line import Line
 from mnist_cli.typed import nearest, unknown_key
-
-# Hydra raises the plain ones too, where a group is given something that is no name.
-ERRORS = (
-    HydraException,
-    OmegaConfBaseException,
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-    AssertionError,
-)
 
 
 @contextlib.contextmanager
@@ -34,11 +22,14 @@ def hydra_errors(line: Line) -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
-    except ERRORS as error:
+    except MnistCliError:
+        raise
+    except Exception as error:  # plain ones too, where a group is given something that is no name
         raise _explained(line, error) from error
     finally:
-        if before is None:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def no_such_key(line: Line, key: str) -> UsageError:
@@ -62,6 +53,9 @@ def no_such_key(line: Line, key: str) -> UsageError:
 
 def _explained(line: Line, error: Exception) -> UsageError:
     text = str(error).strip()
+    if type(error).__module__.startswith("yaml."):
+        where = " ".join(line.strip() for line in text.splitlines() if line.strip())
+        return UsageError(f"a configuration file is not sound YAML: {where}", "mend that file")
     if isinstance(error, OverrideParseException):
         return _unreadable(line, error.override)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:

@@ -11,6 +11,8 @@ import dataclasses
 import io
 import json
 import logging
+import os
+import shlex
 import statistics
 import tempfile
 import time
@@ -62,6 +64,12 @@ def run(config: ExportConfig, console: Console) -> dict[str, Any]:
     source = checkpoints.find(config.checkpoint)
     target = _target(config, source)
     found = checkpoints.load(source)
+    if config.quantize != "none" and found.spec.task == "regression":
+        raise UsageError(
+            f"quantize={config.quantize} is measured by the accuracy that it costs,"
+            f" but {found.spec.name} holds numbers",
+            "type quantize=none",
+        )
     model = found.build_model(torch.device("cpu"))
     data = checkpoints.load_data(found.config, found.spec, config.dataset.root, console)
     encoded, answer = _FORMATS[config.format](config, found, model)
@@ -87,8 +95,10 @@ def run(config: ExportConfig, console: Console) -> dict[str, Any]:
 def _target(config: ExportConfig, source: Path) -> Path:
     quantized = ".int8" if config.quantize == "int8" else ""
     folder = Path(config.out) if config.out is not None else source.parent
-    target = folder / f"model{quantized}{SUFFIXES[config.format]}"
-    if target.exists() and not config.overwrite:
+    target = Path(os.path.expanduser(folder)) / f"model{quantized}{SUFFIXES[config.format]}"
+    with durable.writing(target):
+        is_there = target.exists()
+    if is_there and not config.overwrite:
         raise UsageError(
             f"{target} is there already", "type overwrite=true, or name a folder with out=DIR"
         )
@@ -233,7 +243,7 @@ def _require(parity: dict[str, Any], config: ExportConfig) -> None:
             f"the export answers differently: largest difference {parity['max_abs_diff']:.2g}"
             f" (tolerance={config.tolerance:g}),"
             f" {1 - parity['argmax_agreement']:.2%} of {parity['n']:,} answers changed",
-            "no file was left; if the difference is acceptable, type a larger tolerance=",
+            "no file was written; if the difference is acceptable, type a larger tolerance=",
         )
 
 
@@ -280,4 +290,5 @@ def _show(document: dict[str, Any], found: Checkpoint, console: Console) -> None
             f" {row['export_ms']:.2f} ms export"
         )
     if document["format"] != "torch_export":
-        console.say(f"next     mnist-cli eval checkpoint={document['path']}")
+        checkpoint = shlex.quote(f"checkpoint={document['path']}")
+        console.say(f"next     mnist-cli eval {checkpoint}")

@@ -8,6 +8,7 @@ import io
 import math
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from mnist_cli import compose, conf, sweep
 from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console
-from mnist_cli.errors import MnistCliError, UsageError
+from mnist_cli.errors import UsageError
 from mnist_cli.explain import hydra_errors
 from mnist_cli.line import Line
 from mnist_cli.run import quoted
@@ -73,40 +74,42 @@ def _show(line: Line, overrides: Sequence[str], console: Console) -> int:
 
 def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
     """A sweep by one of Hydra's sweepers and launchers, wherever they run its jobs."""
-    _check_jobs(line, overrides)
-    folder = sweep.folder_of(line.overrides)
-    own = [word for word in overrides if not re.match(r"(out|hydra\.sweep\.dir)=", word)]
-    failures: list[MnistCliError] = []
+    folder = sweep.folder_of(_check_jobs(line, overrides))
+    own = [word for word in overrides if not word.startswith("out=")]
+    if folder is not None:
+        own.append(f"hydra.sweep.dir={quoted(str(folder))}")
+    here: list[tuple[str, dict[str, Any]]] = []
 
     def task(composed: DictConfig) -> float:
+        # Failures are kept, not raised: Hydra would add lines of its own. NaN tells a sweeper.
         config = HydraConfig.get()
-        try:
-            job = sweep.Job(tuple(config.overrides.task), compose.checked(line, composed))
+        words = tuple(config.overrides.task)
+
+        def run_job() -> dict[str, Any]:
+            job = sweep.Job(words, compose.checked(line, composed))
             if isinstance(job.config, TrainConfig):
                 job = sweep.placed(job, Path(config.sweep.dir), [job])
-            document = compose.command(job.config, _typed(), console)
-        except MnistCliError as error:
-            # Kept, not raised: Hydra would add lines of its own. A sweeper takes NaN for a failure.
-            console.say(f"failed: {error.message}")
-            failures.append(error)
-            return math.nan
+            return compose.command(job.config, job.typed, console)
+
+        document = sweep.outcome_of(run_job, console)
+        here.append((" ".join(words) or "-", document))
         value = (document.get("best") or {}).get("value")
         return math.nan if value is None else float(value)
 
-    _hydra_main(line, [*own, f"hydra.sweep.dir={quoted(str(folder))}"], task)
-    jobs = sweep.results_in(folder)
-    if failures and not jobs:
-        raise failures[0]
-    return sweep.finish(console, folder, jobs)
+    with tempfile.TemporaryDirectory() as nowhere:
+        if folder is None:  # eval and export write nothing of their own
+            own.append(f"hydra.sweep.dir={quoted(nowhere)}")
+        _hydra_main(line, own, task)
+    return sweep.finish(console, folder, here or (sweep.results_in(folder) if folder else []))
 
 
-def _check_jobs(line: Line, overrides: Sequence[str]) -> None:
-    """Compose every job before one starts, where the values are listed and not searched for."""
+def _check_jobs(line: Line, overrides: Sequence[str]) -> list[sweep.Job]:
+    """Compose every job before one starts; the first alone where values are searched for."""
     plain = [word for word in overrides if not re.match(r"[+~]{0,2}hydra[./=@]", word)]
     with hydra_errors(line), compose.initialized(line):
         parsed = OverridesParser.create().parse_overrides(plain)
-        if all(o.is_discrete_sweep() for o in parsed if o.is_sweep_override()):
-            compose.sweep_jobs(line, parsed)
+        listed = [o for o in parsed if not o.is_sweep_override() or o.is_discrete_sweep()]
+        return compose.sweep_jobs(line, listed)
 
 
 def _hydra_main(line: Line, overrides: Sequence[str], task: Callable[[DictConfig], Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,13 +60,13 @@ class Job:
         )
 
 
-def fit(job: Job, folder: RunFolder, console: Console) -> str:
+def fit(job: Job, folder: RunFolder, console: Console, signals: runtime.SignalWatch) -> str:
     """The loop. Leaves `best` and `last` in `folder` and returns why it ended."""
     config, train, val = job.config, job.data.train, job.data.val
     total_steps = config.epochs * job.steps_per_epoch
     clock = SaveClock(config.save_every)
     step, loss_sum, epoch_s = job.progress.step, job.progress.loss_sum, job.progress.epoch_s
-    with runtime.SignalWatch() as signals, console.bar() as bar, _Profiler(job, folder) as profiler:
+    with console.bar() as bar, _Profiler(job, folder) as profiler:
         while step < total_steps and not is_out_of_patience(job):
             epoch, position = divmod(step, job.steps_per_epoch)
             order = runtime.permutation(config.seed, epoch, len(train)).to(job.device)
@@ -75,7 +76,7 @@ def fit(job: Job, folder: RunFolder, console: Console) -> str:
             for indices in batches[position:]:
                 lr = set_lr(job, step)
                 runtime.reseed(job.device, runtime.counted_seed(config.seed, "step", step))
-                loss = take_step(job, indices, step, lr)
+                loss = take_step(job, indices, step)
                 step += 1
                 position += 1
                 loss_sum += loss * len(indices)
@@ -87,7 +88,7 @@ def fit(job: Job, folder: RunFolder, console: Console) -> str:
                     epoch_s = spent_s + time.perf_counter() - resumed_at_s
                     job.progress = _advance(job, step, loss_sum, epoch_s)
                     save(job, folder.last)
-                    _stop_if_asked(signals, job, folder)
+                    stop_if_asked(signals, job, folder)
             epoch_s = spent_s + time.perf_counter() - resumed_at_s
             job.progress = _advance(job, step, 0.0, 0.0, train_s=job.progress.train_s + epoch_s)
 
@@ -110,8 +111,7 @@ def fit(job: Job, folder: RunFolder, console: Console) -> str:
             save(job, folder.last)
             clock.saved()
             loss_sum = epoch_s = 0.0
-            if step < total_steps:
-                _stop_if_asked(signals, job, folder)
+            stop_if_asked(signals, job, folder)
     if not len(val):
         save(job, folder.best)
     if is_out_of_patience(job):
@@ -139,7 +139,7 @@ def set_lr(job: Job, step: int) -> float:
     return lr
 
 
-def take_step(job: Job, indices: Tensor, step: int, lr: float) -> float:
+def take_step(job: Job, indices: Tensor, step: int) -> float:
     """One optimizer step on the samples `indices`, (grad_accum * batch_size,) int64.
 
     Returns:
@@ -162,7 +162,7 @@ def take_step(job: Job, indices: Tensor, step: int, lr: float) -> float:
         total += loss.item()
     if not math.isfinite(total):
         check_weights(job, step - 1)
-        raise diverged("loss", total, step, lr)
+        raise diverged(job, "loss", total, step)
     if config.grad_clip is not None:
         job.scaler.unscale_(job.optimizer)
         torch.nn.utils.clip_grad_norm_(job.model.parameters(), config.grad_clip)
@@ -178,13 +178,15 @@ def check_weights(job: Job, step: int) -> None:
     the weights are looked at when a loss is not finite, and before every checkpoint.
     """
     if not all(torch.isfinite(weights).all() for weights in job.model.parameters()):
-        raise diverged("gradient", math.nan, step, lr_of(job, step))
+        raise diverged(job, "gradient", math.nan, step)
 
 
-def diverged(what: str, value: float, step: int, lr: float) -> DivergedError:
+def diverged(job: Job, what: str, value: float, step: int) -> DivergedError:
+    """The error for `what` not being finite at `step`, counted from 0."""
     return DivergedError(
-        f"training diverged: the {what} is {value} at step {step + 1}, with learning rate {lr:g}",
-        f"type a smaller learning rate (optim.lr={lr / 10:.1g}) or grad_clip=1",
+        f"training diverged: the {what} is {value} at step {step + 1},"
+        f" with learning rate {lr_of(job, step):g}",
+        f"type a smaller learning rate (optim.lr={job.config.optim.lr / 10:.1g}) or grad_clip=1",
     )
 
 
@@ -196,7 +198,7 @@ def score(job: Job, val: dataset.Split, step: int) -> dict[str, float | None]:
     outputs = scoring.answers(job.model, job.data.spec, val)
     scores = scoring.summary(outputs, val, job.data.spec, job.loss)
     if not math.isfinite(scores["loss"]):
-        raise diverged("validation loss", scores["loss"], step - 1, lr_of(job, step - 1))
+        raise diverged(job, "validation loss", scores["loss"], step - 1)
     return {f"val_{name}": value for name, value in scores.items()}
 
 
@@ -278,12 +280,13 @@ def _record(folder: RunFolder, row: dict[str, Any], console: Console) -> None:
         console.warn(f"{folder.metrics} can't be written: {error.strerror}")
 
 
-def _stop_if_asked(signals: runtime.SignalWatch, job: Job, folder: RunFolder) -> None:
+def stop_if_asked(signals: runtime.SignalWatch, job: Job, folder: RunFolder) -> None:
+    """Raise Interrupted if a signal came. Call it when everything is saved."""
     if signals.received is not None:
         raise Interrupted(
             signals.received,
             f"interrupted at step {job.progress.step}; everything is saved in {folder.path}",
-            f"type mnist-cli train resume={folder.path}",
+            f"type mnist-cli train {shlex.quote(f'resume={folder.path}')}",
         )
 
 

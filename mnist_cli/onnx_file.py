@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,7 @@ def load(path: Path) -> Exported:
         proto = onnx.load_model_from_string(data)
         texts = {entry.key: entry.value for entry in proto.metadata_props}
         config, spec = checkpoints.parse_provenance(texts["mnist_cli"])
-        if any(tensor.external_data for tensor in proto.graph.initializer):
-            raise ValueError("it keeps its weights in other files")
+        _check_graph(proto)
         answer = answer_of(data)
     except Exception as error:  # protobuf and onnxruntime have no error class in common
         raise CheckpointError(
@@ -49,6 +49,20 @@ def load(path: Path) -> Exported:
             "name a file that mnist-cli export wrote",
         ) from error
     return Exported(config, spec, answer)
+
+
+def _check_graph(proto: Any) -> None:
+    """Refuse what `export` never writes: weights in other files, graphs inside of graphs."""
+    if proto.functions or proto.graph.sparse_initializer:
+        raise ValueError("it holds functions or sparse weights")
+    if any(
+        a.g.node or a.graphs or a.t.external_data for n in proto.graph.node for a in n.attribute
+    ):
+        raise ValueError("it holds a graph inside of a node")
+    if any(tensor.external_data for tensor in proto.graph.initializer):
+        raise ValueError("it keeps its weights in other files")
+    if len(proto.graph.input) != 1 or len(proto.graph.output) != 1:
+        raise ValueError("it has not one input and one output")
 
 
 def answer_of(data: bytes) -> Answer:
@@ -63,8 +77,12 @@ def answer_of(data: bytes) -> Answer:
 
     def answer(split: Split) -> Tensor:
         batches = split.inputs.split(BATCH_SIZE)
-        return torch.cat(
-            [torch.from_numpy(session.run(None, {name: batch.numpy()})[0]) for batch in batches]
-        )
+        try:
+            found = [session.run(None, {name: batch.numpy()})[0] for batch in batches]
+            return torch.cat([torch.from_numpy(outputs) for outputs in found])
+        except Exception as error:  # onnxruntime has no public error class
+            raise CheckpointError(
+                f"the graph can't answer: {error}", "name a file that mnist-cli export wrote"
+            ) from error
 
     return answer

@@ -7,6 +7,7 @@ would change the numbers of the run is refused with its name, unless `resume_all
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import schedule
 from mnist_cli.checkpoint import Checkpoint
-from mnist_cli.config import FREE_KEYS, TrainConfig, flatten, to_plain, train_config
+from mnist_cli.config import FREE_KEYS, TrainConfig, config_hash, flatten, to_plain, train_config
 from mnist_cli.console import Console
 from mnist_cli.errors import CheckpointError, UsageError
 from mnist_cli.run import RunFolder
@@ -32,9 +33,9 @@ def folder_of(config: TrainConfig) -> Path | None:
     if config.resume is None:
         return None
     if config.resume == "auto":
-        folder = Path(config.out or "")
+        folder = Path(os.path.expanduser(config.out or ""))
         return folder if _checkpoints_in(folder) else None
-    folder = Path(config.resume)
+    folder = Path(os.path.expanduser(config.resume))
     try:
         is_folder = folder.is_dir()
     except OSError:  # a name that is too long
@@ -65,7 +66,7 @@ def load(
         CheckpointError: no checkpoint of the run can be used.
         UsageError: a key was changed that would change the run.
     """
-    reasons = []
+    reasons: list[str] = []
     for path in _checkpoints_in(folder.path):
         try:
             found = checkpoints.load(path)
@@ -75,10 +76,21 @@ def load(
             reasons.append(error.message)
             console.warn(error.message)
             continue
+        if found.progress.best is not None and found.progress.best.monitor is not None:
+            checkpoints.load(
+                folder.best
+            )  # the selected weights; better to know now than at the end
         if reasons:
             console.warn(f"going on from {path}, at step {found.progress.step}")
         return merge(found.config, given, typed, folder.path), found
     raise CheckpointError("; ".join(reasons), "no checkpoint of the run is whole: start it anew")
+
+
+def is_complete(result: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether there is nothing left to do for `config` in a run with this result.json."""
+    return bool(
+        result.get("status") == "completed" and result.get("config_hash") == config_hash(config)
+    )
 
 
 def merge(

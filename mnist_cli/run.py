@@ -127,7 +127,9 @@ def create(out: str | None, parent: str) -> Iterator[RunFolder]:
         LockedError: another process is making a run in `out`.
         ResourceError: the folder can't be made.
     """
-    folder = Path(out) if out is not None else unique_folder(Path(parent))
+    folder = Path(os.path.expanduser(out)) if out is not None else unique_folder(Path(parent))
+    if folder.is_file():
+        raise UsageError(f"out={folder} is a file", "name a folder: out=DIR")
     with durable.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with durable.locked(folder):

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_cli.config import EvalConfig, ExportConfig, TrainConfig, config_hash
 from mnist_cli.console import Console
-from mnist_cli.errors import MnistCliError, SweepError, UsageError
+from mnist_cli.errors import MnistCliError, SweepError, UsageError, one_line
 from mnist_cli.run import RunFolder, unique_folder
 
 SWEEPS = "outputs/sweep"
@@ -35,48 +37,52 @@ class Job(NamedTuple):
 def run(
     jobs: Sequence[Job], console: Console, command: Callable[[Job, Console], dict[str, Any]]
 ) -> int:
-    """Run every job, whatever happens to the others.
-
-    Raises:
-        SweepError: some jobs failed; the others are done.
-    """
-    folder = _folder_of(jobs)
+    """Run every job, whatever happens to the others, and return the exit code."""
+    folder = folder_of(jobs)
     inner = Console(quiet=console.quiet, as_json=console.as_json, brief=True)
     documents = []
     for number, job in enumerate(jobs, 1):
         console.say(f"job {number}/{len(jobs)}  {_difference(job, jobs) or 'as it stands'}")
         placed_job = placed(job, folder, jobs) if folder is not None else job
-        try:
-            documents.append(command(placed_job, inner))
-        except MnistCliError as error:
-            console.say(f"failed: {error.message}")
-            documents.append(
-                {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
-            )
+        documents.append(outcome_of(partial(command, placed_job, inner), console))
     labels = [_difference(job, jobs) or "-" for job in jobs]
     return finish(console, folder, list(zip(labels, documents, strict=True)))
+
+
+def outcome_of(call: Callable[[], dict[str, Any]], console: Console) -> dict[str, Any]:
+    """The document of a job, or one of its failure: a failed job never stops the rest."""
+    try:
+        return call()
+    except MnistCliError as error:
+        console.say(f"failed: {error.message}")
+        return {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    except Exception as error:
+        message = f"{type(error).__name__}: {one_line(str(error))}"
+        console.say(f"failed: {message}")
+        traceback.print_exc()
+        return {"error": message, "hint": "this is a fault of mnist-cli", "exit_code": 1}
 
 
 def finish(
     console: Console, folder: Path | None, jobs: Sequence[tuple[str, dict[str, Any]]]
 ) -> int:
-    """Show what became of the jobs, (label, document) each.
-
-    Raises:
-        SweepError: some failed.
-    """
+    """Show what became of the jobs, (label, document) each, and return the exit code."""
     rows = [(label, *_outcome(document)) for label, document in jobs]
     console.table(("job", "selected by", "value", "test", "seconds"), rows)
-    if folder is not None:
-        console.say(f"sweep    {folder}")
-    if failed := sum(_has_failed(document) for _, document in jobs):
-        raise SweepError(
-            f"{failed} of {len(jobs)} jobs failed" + (f" in {folder}" if folder else ""),
-            "their errors stand above and in their train.log",
-        )
-    documents = [document for _, document in jobs]
-    console.document({"sweep_dir": None if folder is None else str(folder), "jobs": documents})
-    return 0
+    where = None if folder is None else str(folder)
+    if where is not None:
+        console.say(f"sweep    {where}")
+    document = {"sweep_dir": where, "jobs": [document for _, document in jobs]}
+    failed = [label for label, document in jobs if _has_failed(document)]
+    if not failed:
+        console.document(document)
+        return 0
+    error = SweepError(
+        f"{len(failed)} of {len(jobs)} jobs failed" + (f" in {where}" if where else ""),
+        f"the first was {failed[0]}: run it alone to see more",
+    )
+    console.error(error.message, error.hint, error.exit_code, document)
+    return error.exit_code
 
 
 def results_in(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -89,24 +95,17 @@ def _has_failed(document: dict[str, Any]) -> bool:
     return "exit_code" in document or document.get("status", "completed") != "completed"
 
 
-def _folder_of(jobs: Sequence[Job]) -> Path | None:
+def folder_of(jobs: Sequence[Job]) -> Path | None:
     """The folder of a sweep of `train`; the other commands write nothing of their own."""
     if not isinstance(jobs[0].config, TrainConfig):
         return None
+    if jobs[0].config.resume is not None:
+        raise UsageError("resume= names one run, -m asks for many", "leave -m or resume= away")
     names = {job.config.out for job in jobs}
     if len(names) > 1:
         raise UsageError("out= names one folder for the whole sweep", "type out=DIR once")
     name = names.pop()
     return Path(name) if name is not None else unique_folder(Path(SWEEPS))
-
-
-def folder_of(words: Sequence[str]) -> Path:
-    """The folder of a sweep that Hydra runs: what the words name, or a new one."""
-    for word in reversed(words):
-        key, _, value = word.partition("=")
-        if key in ("out", "hydra.sweep.dir"):
-            return Path(value.strip("'\""))
-    return unique_folder(Path(SWEEPS))
 
 
 def placed(job: Job, folder: Path, jobs: Sequence[Job]) -> Job:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import platform
+import shlex
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,16 +24,21 @@ from mnist_cli.checkpoint import Checkpoint, Progress
 from mnist_cli.config import LinearModelConfig, TrainConfig, config_hash
 from mnist_cli.console import Console
 from mnist_cli.dataset import Normalise
-from mnist_cli.errors import DivergedError, Interrupted, MnistCliError, ResourceError
-from mnist_cli.loop import Job, fit, save, timed
+from mnist_cli.errors import (
+    DivergedError,
+    Interrupted,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+    one_line,
+)
+from mnist_cli.loop import Job, diverged, fit, save, stop_if_asked, timed
 from mnist_cli.loss import build_loss
 from mnist_cli.model import build_model, num_params
 from mnist_cli.optim import build_optimizer
 from mnist_cli.run import RunFolder
 
 RUNS = "outputs/train"
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-PROFILED_STEPS = 20
 
 
 def run(
@@ -63,26 +70,25 @@ def run(
     if old_folder is None:
         job = prepare(config, None, started_s)
         with runs.create(config.out, RUNS) as folder, folder.log(console):
-            save(job, folder.last)
-            folder.write_config(job.config)
             return _finish(job, folder, console, started_s)
     with runs.reopen(old_folder) as folder:
         config, before = resume.load(folder, config, typed, console)
         result = folder.read_result()
-        if (
-            result
-            and result["status"] == "completed"
-            and result["config_hash"] == config_hash(config)
-        ):
+        if result and resume.is_complete(result, config):
             console.say(f"{old_folder} is already complete at step {before.progress.step}")
             return result
         job = prepare(config, before, started_s)
+        if before.progress.step > config.epochs * job.steps_per_epoch:
+            done = before.progress.step // job.steps_per_epoch
+            raise UsageError(
+                f"epochs={config.epochs} is less than the {done} that are done",
+                f"type epochs={done} or more",
+            )
         with folder.log(console):
             for difference in runtime.Host.of(job.device).differences(before.host):
                 console.warn(difference)
             console.say(f"resuming at step {before.progress.step}")
             folder.keep_metrics_until(before.progress.step // job.steps_per_epoch)
-            folder.write_config(job.config)
             return _finish(job, folder, console, started_s)
 
 
@@ -125,38 +131,66 @@ def prepare(config: TrainConfig, before: Checkpoint | None, started_s: float) ->
 
 def _finish(job: Job, folder: RunFolder, console: Console, started_s: float) -> dict[str, Any]:
     """Fit, test, record; and record as well what went wrong."""
-    banner(job, folder, console)
-    try:
-        with _memory_errors(job.config):
-            reason = fit(job, folder, console)
-            selected = checkpoints.load(folder.best)
-            model = selected.build_model(job.device)
-            with timed(job.times, "eval_s"):
-                measured = {
-                    name: _measure(job, model, split) if len(split) else None
-                    for name, split in (("val", job.data.val), ("test", job.data.test))
-                }
-    except (MnistCliError, Interrupted, KeyboardInterrupt) as error:
-        status = {
-            DivergedError: "diverged",
-            Interrupted: "interrupted",
-            KeyboardInterrupt: "interrupted",
-        }
-        result = _result(job, folder, status.get(type(error), "failed"), started_s)
-        console.record(f"error: {getattr(error, 'message', 'interrupted')}")
-        with contextlib.suppress(ResourceError):
-            folder.write_result(result | {"error": getattr(error, "message", "interrupted")})
-        raise
-    result = _result(job, folder, "completed", started_s) | measured
-    result["model"] |= _learned_line(job, model)
-    folder.write_result(result)
+    with runtime.SignalWatch() as signals:
+        try:
+            save(job, folder.last)
+            folder.write_result(_result(job, folder, "interrupted", started_s))
+            folder.write_config(job.config)
+            banner(job, folder, console)
+            reason = fit(job, folder, console, signals)
+            model = checkpoints.load(folder.best).build_model(job.device)
+            measured: dict[str, dict[str, Any] | None] = {}
+            for name, split in (("val", job.data.val), ("test", job.data.test)):
+                with timed(job.times, "eval_s"):
+                    measured[name] = _measure(job, model, split) if len(split) else None
+                stop_if_asked(signals, job, folder)
+            result = _result(job, folder, "completed", started_s) | measured
+            result["model"] |= _learned_line(job, model)
+            folder.write_result(result)
+        except BaseException as error:
+            failure = _explained(error, job.config)
+            _record_failure(failure, job, folder, console, started_s)
+            if failure is error:
+                raise
+            raise failure from error
     _show(result, reason, folder, console)
     return result
 
 
+def _explained(error: BaseException, config: TrainConfig) -> BaseException:
+    """`error`, or what it means to the user."""
+    if is_out_of_memory(error):
+        hint = f"type a smaller batch: batch_size={max(1, config.batch_size // 2)}"
+        kind = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        return ResourceError(f"out of {kind}", hint)
+    if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = str(error).strip().splitlines()[0]
+        return UsageError(f"compile=true fails here: {reason}", "type compile=false")
+    return error
+
+
+def _record_failure(
+    error: BaseException, job: Job, folder: RunFolder, console: Console, started_s: float
+) -> None:
+    """Leave the failure in result.json and in the log, if the disk still takes them."""
+    status = "failed"
+    if isinstance(error, DivergedError):
+        status = "diverged"
+    elif isinstance(error, Interrupted | KeyboardInterrupt):
+        status = "interrupted"
+    message = getattr(error, "message", None) or f"{type(error).__name__}: {one_line(str(error))}"
+    console.record(f"error: {message}")
+    with contextlib.suppress(ResourceError):
+        folder.write_result(_result(job, folder, status, started_s) | {"error": message})
+
+
 def _measure(job: Job, model: nn.Module, split: dataset.Split) -> dict[str, Any]:
     outputs = scoring.answers(model, job.data.spec, split)
-    return scoring.measure(outputs, split, job.data.spec, job.loss)
+    measured = scoring.measure(outputs, split, job.data.spec, job.loss)
+    if not math.isfinite(measured["loss"]):
+        step = job.progress.step - 1
+        raise diverged(job, "loss of the selected weights", measured["loss"], step)
+    return measured
 
 
 def _result(job: Job, folder: RunFolder, status: str, started_s: float) -> dict[str, Any]:
@@ -237,20 +271,6 @@ def _show(result: dict[str, Any], reason: str, folder: RunFolder, console: Conso
     if "accuracy" in result["test"]:
         low, high = result["test"]["accuracy_ci95"]
         console.detail(f"test accuracy lies between {low:.2%} and {high:.2%} (95%)")
-    console.detail("next     " + f"mnist-cli eval checkpoint={folder.path}")
-    console.detail("         " + f"mnist-cli export checkpoint={folder.path} format=onnx")
-
-
-@contextlib.contextmanager
-def _memory_errors(config: TrainConfig) -> Iterator[None]:
-    hint = f"type a smaller batch: batch_size={max(1, config.batch_size // 2)}"
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError("out of GPU memory", hint) from error
-    except MemoryError as error:
-        raise ResourceError("out of memory", hint) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise ResourceError("out of memory", hint) from error
+    checkpoint = shlex.quote(f"checkpoint={folder.path}")
+    console.detail(f"next     mnist-cli eval {checkpoint}")
+    console.detail(f"         mnist-cli export {checkpoint} format=onnx")

@@ -5,6 +5,7 @@ imports torch once, then forks a child for each job, so that a thousand kills ta
 a function of this module named in `JOBS`; it runs in the child, in a folder of its own.
 
 The numbers of a test are small in `make test` and large in `make torture` (MNIST_CLI_TORTURE=1).
+PYTEST_DONT_REWRITE: a test imports this module before pytest hears that it is a plugin.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import csv
 import ctypes
 import gc
 import hashlib
+import io
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -137,6 +140,21 @@ def two_lines(stderr: str) -> tuple[str, str]:
     return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
 
 
+def here(*words: str) -> Ended:
+    """The program in this process."""
+    from mnist_cli import cli
+
+    started_s = time.monotonic()
+    stdout, stderr = io.StringIO(), io.StringIO()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            code = cli.main(list(words))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return Ended(code, stdout.getvalue(), stderr.getvalue(), None, time.monotonic() - started_s)
+
+
 # --- the fork server, seen from a test -----------------------------------------------------------
 
 
@@ -160,6 +178,10 @@ class Child:
 
     def stdout(self) -> str:
         return (self._folder / "stdout").read_text()
+
+    def is_over(self) -> bool:
+        """Whether the process has ended, though nobody has waited for it."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
     def wait_for(self, is_there: Callable[[], bool], timeout_s: float = 60) -> None:
         """Until `is_there`; the child may not take longer than `timeout_s`."""
@@ -188,7 +210,8 @@ class Server:
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CANARY": "canary-7f3a"}
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", __file__],
+            # A signal that ends a job may find a file between its opening and its closing.
+            [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | environment,
@@ -206,6 +229,8 @@ class Server:
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
         request = {"job": job.__name__, "arguments": arguments, "folder": str(folder)}
         return Child(self, self.ask(request)["pid"], folder)
 
@@ -215,8 +240,8 @@ class Server:
     def close(self) -> None:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
-        self._process.wait(10)
         self._process.stdout.close()
+        self._process.wait(10)
 
 
 @pytest.fixture(scope="session")
@@ -277,6 +302,24 @@ def program_with_threads(words: list[str], threads: int) -> int:
 
     torch.set_num_threads(threads)
     return cli.main(words)
+
+
+def program_in(folder: str, words: list[str]) -> int:
+    """The program, started in `folder`."""
+    os.chdir(folder)
+    return program(words)
+
+
+def add_row_below(folder: str, file_bytes: int) -> None:
+    """Add a row to metrics.csv, which may not grow beyond `file_bytes`."""
+    from mnist_cli import run
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    try:
+        run.RunFolder(Path(folder)).add_metrics({"epoch": 3, "step": 60, "lr": 0.123456789})
+    except OSError:
+        return
+    raise AssertionError("the row fits")
 
 
 def crash(words: list[str], at: int, mode: str) -> int:
@@ -356,10 +399,10 @@ def program_on_read_only(words: list[str], folder: str, step: int) -> dict[str, 
     enter_namespace()
     real = loop.take_step
 
-    def take_step(job: Any, indices: Any, number: int, lr: float) -> float:
+    def take_step(job: Any, indices: Any, number: int) -> float:
         if number == step:
             _make_read_only(folder)
-        return real(job, indices, number, lr)
+        return real(job, indices, number)
 
     loop.take_step = take_step
     if step == 0:
@@ -375,10 +418,10 @@ def program_without_folder(words: list[str], folder: str, step: int) -> int:
 
     real = loop.take_step
 
-    def take_step(job: Any, indices: Any, number: int, lr: float) -> float:
+    def take_step(job: Any, indices: Any, number: int) -> float:
         if number == step:
             shutil.rmtree(folder)
-        return real(job, indices, number, lr)
+        return real(job, indices, number)
 
     loop.take_step = take_step
     return cli.main(words)
@@ -437,7 +480,8 @@ def _crash_at(at: int, mode: str) -> None:
         if number != at:
             return real(*arguments, **more)
         if mode == "after":
-            real(*arguments, **more)
+            with contextlib.suppress(OSError):
+                real(*arguments, **more)
         elif mode == "torn" and real is write:
             descriptor, data = arguments
             real(descriptor, data[: len(data) // 2])
@@ -450,6 +494,8 @@ JOBS: dict[str, Callable[..., Any]] = {
     job.__name__: job
     for job in (
         program,
+        program_in,
+        add_row_below,
         program_with_stdout,
         program_with_memory,
         program_with_threads,
@@ -478,11 +524,25 @@ def serve() -> None:
     import mnist_cli.train  # noqa: F401
 
     torch.set_num_threads(1)
+    _warm_up()
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         answer = _reap(**request) if "wait" in request else {"pid": _fork(**request)}
         print(json.dumps(answer), flush=True)  # noqa: T201 - the answer to the test
+    os._exit(0)
+
+
+def _warm_up() -> None:
+    """Import and fill all that is lazy. No step is taken: after a backward pass no child may."""
+    from mnist_cli import cli, loop
+
+    real, loop.take_step = loop.take_step, lambda *arguments: 1.0
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        code = cli.main([*TRAIN, f"out={folder}"])
+    loop.take_step = real
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert code == 0, "the fork server can't train"
 
 
 def _reap(wait: int, timeout_s: float) -> dict[str, int]:

@@ -1,0 +1,604 @@
+"""A run that was stopped, killed or damaged ends as if nothing had happened, or says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import faults
+import pytest
+import torch
+from faults import (
+    TRAIN,
+    Server,
+    assert_agrees,
+    figure,
+    here,
+    many,
+    metrics_rows,
+    outcome_of,
+    state_of,
+    temporaries,
+    two_lines,
+)
+
+from mnist_cli import checkpoint, loop, train
+from mnist_cli.checkpoint import Checkpoint
+from mnist_cli.console import Console
+
+pytest_plugins = ["faults"]
+
+OPTIMIZERS = {
+    "momentum": ("optim=momentum",),
+    "adamw": ("optim=adamw",),
+    "rmsprop": ("optim=rmsprop", "optim.momentum=0.9"),
+    "adadelta": ("optim=adadelta",),
+}
+SCHEDULES = {
+    "constant": ("schedule=constant", "schedule.warmup_epochs=0.5"),
+    "step": ("schedule=step", "schedule.step_epochs=1", "schedule.gamma=0.5"),
+    "cosine": ("schedule=cosine",),
+    "onecycle": ("schedule=onecycle", "schedule.warmup_epochs=0.3"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits are only equal with equal threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Stops:
+    """A run, and its folder as a kill after any of its saves would have left it."""
+
+    def __init__(self, parent: Path, *words: str) -> None:
+        self.folder, self._snapshots = parent / "run", parent / "snapshots"
+        self.lrs: dict[int, float] = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "save", self._noting_save(loop.save))
+            patch.setattr(train, "save", loop.save)
+            patch.setattr(loop, "set_lr", noting_lr(self.lrs))
+            patch.setattr(os, "fsync", lambda descriptor: None)  # no power cut here, but in a hurry
+            ended = here(*TRAIN, *words, "save_every=1", f"out={self.folder}", "--quiet")
+        assert (ended.code, ended.stderr) == (0, "")
+        self.outcome = outcome_of(self.folder)
+
+    def _noting_save(
+        self, real: Callable[[loop.Job, Path], None]
+    ) -> Callable[[loop.Job, Path], None]:
+        def save(job: loop.Job, path: Path) -> None:
+            real(job, path)
+            if path.name == "last.safetensors":
+                target = self._snapshots / str(job.progress.step)
+                shutil.copytree(self.folder, target, dirs_exist_ok=True)
+
+        return save
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self._snapshots.iterdir())
+
+    def after(self, step: int, folder: Path) -> Path:
+        """The run folder as it was after `step`, at `folder`."""
+        return shutil.copytree(self._snapshots / str(step), folder)
+
+    def resume(self, folder: Path) -> dict[int, float]:
+        """Run what is in `folder` to its end; the learning rate of each step on the way."""
+        lrs: dict[int, float] = {}
+        config = checkpoint.load(folder / "last.safetensors").config
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "set_lr", noting_lr(lrs))
+            patch.setattr(os, "fsync", lambda descriptor: None)
+            train.run(
+                dataclasses.replace(config, resume=str(folder), out=None), Console(quiet=True)
+            )
+        return lrs
+
+
+def noting_lr(lrs: dict[int, float]) -> Callable[[loop.Job, int], float]:
+    real = loop.set_lr
+
+    def set_lr(job: loop.Job, step: int) -> float:
+        lrs[step] = real(job, step)
+        return lrs[step]
+
+    return set_lr
+
+
+@pytest.fixture(scope="module")
+def stops(tmp_path_factory: pytest.TempPathFactory) -> Stops:
+    """The plain run of these tests: 60 steps, 3 epochs, dropout, Adam."""
+    return Stops(tmp_path_factory.mktemp("plain"))
+
+
+# --- the same bits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_a_run_resumed_at_a_step_ends_with_the_same_bits(
+    tmp_path: Path, optim: str, schedule: str
+) -> None:
+    stops = Stops(tmp_path, *OPTIMIZERS[optim], *SCHEDULES[schedule])
+    assert stops.steps == list(range(61)) and sorted(stops.lrs) == list(range(60))
+    steps = (
+        range(60)
+        if faults.TORTURE
+        else {0, 20, *random.Random(optim + schedule).sample(range(60), 2)}
+    )
+    for step in steps:
+        folder = stops.after(step, tmp_path / f"after{step}")
+        lrs = stops.resume(folder)
+        assert lrs == {at: lr for at, lr in stops.lrs.items() if at >= step}
+        assert outcome_of(folder) == stops.outcome, f"step {step}"
+        shutil.rmtree(folder)
+    assert_agrees(stops.folder)
+    done = faults.FIGURES.get("resumes at a step, 16 mixes", {"done": 0})["done"]
+    figure("resumes at a step, 16 mixes", done + len(steps))
+
+
+def test_sigkill_at_any_instant_loses_nothing(server: Server, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    words = [*TRAIN, "save_every=5", "--quiet"]
+    reference = server.run(faults.program, [*words, f"out={plain}"])
+    assert reference.code == 0
+    expected = outcome_of(plain)
+    chance, kills, runs, goal = random.Random(0), 0, 0, many(15, 1000)
+    while kills < goal:
+        folder = tmp_path / f"run{runs}"
+        while True:
+            child = server.start(faults.program, [*words, "resume=auto", f"out={folder}"])
+            time.sleep(chance.uniform(0.02, 1) * reference.seconds)
+            child.kill()
+            ended = child.wait()
+            if ended.code == 0:
+                break
+            assert ended.code == -9, ended.stderr
+            kills += 1
+            for path in folder.glob("*.safetensors"):
+                state_of(path)
+        assert outcome_of(folder) == expected
+        assert_agrees(folder)
+        assert not temporaries(folder)
+        shutil.rmtree(folder)
+        runs += 1
+    figure("SIGKILL at a random instant of training, then resume", kills, runs=runs)
+
+
+def test_kills_before_the_first_save_leave_nothing_in_the_way(
+    server: Server, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    words = [*TRAIN, "resume=auto", f"out={folder}", "--quiet"]
+    for _ in range(many(5, 50)):
+        (folder / ".lock").unlink(missing_ok=True)
+        child = server.start(faults.program, words)
+        child.wait_for((folder / ".lock").exists)
+        child.kill()
+        child.wait()
+        if (folder / "last.safetensors").exists():
+            state_of(folder / "last.safetensors")
+    assert server.run(faults.program, words).code == 0
+    assert_agrees(folder)
+    assert not temporaries(folder)
+
+
+def test_one_job_alone_in_a_sweep_and_resumed_is_one_result(tmp_path: Path, stops: Stops) -> None:
+    sweep = tmp_path / "sweep"
+    ended = here("-m", *TRAIN, "seed=1,0", "save_every=1", f"out={sweep}", "--quiet")
+    assert (ended.code, ended.stderr) == (0, "")
+    outcomes = [outcome_of(path) for path in sweep.iterdir() if (path / "result.json").exists()]
+    assert len(outcomes) == 2
+    resumed = stops.after(33, tmp_path / "resumed")
+    stops.resume(resumed)
+    assert stops.outcome in outcomes
+    assert outcome_of(resumed) == stops.outcome
+    assert outcomes[0]["last"]["tensors"] != outcomes[1]["last"]["tensors"]
+    figure("one job alone, in a sweep and resumed: hashes", 1)
+
+
+def test_the_state_of_early_stopping_survives(tmp_path: Path) -> None:
+    """At this rate nothing gets better: patience is used up at the same epoch."""
+    stops = Stops(tmp_path, "epochs=8", "optim.lr=1e-12", "early_stop.patience=3", "batch_size=400")
+    assert stops.outcome["last"]["stale_epochs"] == 3
+    assert len(stops.outcome["metrics"]) == 4
+    for step in range(4, 16, 1 if faults.TORTURE else 3):
+        folder = stops.after(step, tmp_path / f"after{step}")
+        stops.resume(folder)
+        assert outcome_of(folder) == stops.outcome
+
+
+def test_a_run_without_a_validation_split_resumes(tmp_path: Path) -> None:
+    stops = Stops(tmp_path, "dataset.val_fraction=0", "batch_size=400")
+    for step in (0, 3, 4, 5):
+        folder = stops.after(step, tmp_path / f"after{step}")
+        assert not (folder / "best.safetensors").exists()
+        stops.resume(folder)
+        assert outcome_of(folder) == stops.outcome
+    assert stops.outcome["result"]["best"]["monitor"] is None
+
+
+def test_gradient_accumulation_and_clipping_resume(tmp_path: Path) -> None:
+    stops = Stops(tmp_path, "grad_accum=3", "grad_clip=0.1", "model.dropout=0.5")
+    assert stops.steps[-1] == 21
+    for step in (1, 7, 10):
+        folder = stops.after(step, tmp_path / f"after{step}")
+        stops.resume(folder)
+        assert outcome_of(folder) == stops.outcome
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "truncated at 0 %": lambda data: b"",
+    "truncated at 1 %": lambda data: data[: len(data) // 100],
+    "truncated at 50 %": lambda data: data[: len(data) // 2],
+    "truncated at 99 %": lambda data: data[: len(data) * 99 // 100],
+    "zeros": lambda data: bytes(len(data)),
+    "a tail of zeros": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+    "a flipped bit": lambda data: data[:-1000] + bytes([data[-1000] ^ 1]) + data[-999:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_last_checkpoint_falls_back_to_the_best(
+    stops: Stops, tmp_path: Path, damage: str
+) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    last = folder / "last.safetensors"
+    last.write_bytes(DAMAGES[damage](last.read_bytes()))
+    ended = here("train", f"resume={folder}")
+    assert (ended.code, ended.stderr) == (0, "")
+    warnings = [line for line in ended.stdout.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2
+    assert str(last) in warnings[0]
+    assert warnings[1] == f"warning: going on from {folder}/best.safetensors, at step 20"
+    assert outcome_of(folder) == stops.outcome
+
+
+def test_two_damaged_checkpoints_are_both_named_and_nothing_is_started_anew(
+    stops: Stops, tmp_path: Path
+) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    (folder / "last.safetensors").write_bytes(b"")
+    best = (folder / "best.safetensors").read_bytes()
+    (folder / "best.safetensors").write_bytes(best[:-1] + bytes([best[-1] ^ 128]))
+    for words in ([f"resume={folder}"], ["resume=auto", f"out={folder}"]):
+        ended = here("train", *words, "--quiet")
+        assert ended.code == 4
+        error, hint = two_lines(ended.stderr)
+        assert "last.safetensors: is not a safetensors file" in error
+        assert "best.safetensors: is damaged: its digest" in error
+        assert "start it anew" in hint
+    assert (folder / "last.safetensors").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"3,4",
+        b"2",
+        b"\n",
+        b"\x00" * 100,
+        b"\x00\x00\n",
+        b"\xff\xfe,1\n",
+        b"x,y,z\n",
+        b"9" * 30 + b",1\n",
+    ],
+)
+def test_a_torn_metrics_file_is_mended(stops: Stops, tmp_path: Path, tail: bytes) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    with open(folder / "metrics.csv", "ab") as file:
+        file.write(tail)
+    stops.resume(folder)
+    assert outcome_of(folder) == stops.outcome
+
+
+@pytest.mark.parametrize("content", [b"", b"epoch,st", b"\x00" * 50, b"\x00\n\x00\n"])
+def test_a_metrics_file_without_its_head_is_begun_anew(
+    stops: Stops, tmp_path: Path, content: bytes
+) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    (folder / "metrics.csv").write_bytes(content)
+    stops.resume(folder)
+    assert metrics_rows(folder) == stops.outcome["metrics"][1:]
+    assert state_of(folder / "last.safetensors") == stops.outcome["last"]
+
+
+def test_a_torn_result_is_written_anew(stops: Stops, tmp_path: Path) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    for text in ("", "{", "[]", '"x"', "{}", '{"status": "completed"}'):
+        (folder / "result.json").write_text(text)
+        ended = here("train", f"resume={folder}", "--quiet")
+        assert (ended.code, ended.stderr) == (0, "")
+        assert outcome_of(folder) == stops.outcome
+
+
+# --- what may change, and what may not -----------------------------------------------------------
+
+
+def test_a_finished_run_is_left_alone(stops: Stops, tmp_path: Path) -> None:
+    folder = shutil.copytree(stops.folder, tmp_path / "run")
+
+    def stamps() -> dict[str, int]:
+        paths = [path for path in folder.iterdir() if path.name != ".lock"]
+        return {path.name: path.stat().st_mtime_ns for path in paths}
+
+    before = stamps()
+    for words in ([f"resume={folder}"], ["resume=auto", f"out={folder}"]):
+        ended = here("train", *words)
+        assert (ended.code, ended.stderr) == (0, "")
+        assert ended.stdout == f"{folder} is already complete at step 60\n"
+        assert stamps() == before
+    assert json.loads(here("train", f"resume={folder}", "--json").stdout) == json.loads(
+        (folder / "result.json").read_text()
+    )
+
+
+def test_a_new_run_never_overwrites_an_old_one(stops: Stops, tmp_path: Path) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    ended = here(*TRAIN, f"out={folder}")
+    assert ended.code == 2
+    error, hint = two_lines(ended.stderr)
+    assert error == f"out={folder} holds a run already" and "resume=auto" in hint
+    assert state_of(folder / "last.safetensors")["step"] == 33
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step"])
+def test_epochs_may_grow_where_the_schedule_allows(tmp_path: Path, schedule: str) -> None:
+    words = (*SCHEDULES[schedule], "batch_size=200")
+    long = here(*TRAIN, *words, "epochs=5", f"out={tmp_path}/long", "--quiet")
+    short = here(*TRAIN, *words, f"out={tmp_path}/short", "--quiet")
+    grown = here("train", f"resume={tmp_path}/short", "epochs=5", "--quiet")
+    assert (long.code, short.code, grown.code) == (0, 0, 0)
+    assert outcome_of(tmp_path / "short") == outcome_of(tmp_path / "long")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
+def test_epochs_may_not_grow_where_the_rate_would_change(tmp_path: Path, schedule: str) -> None:
+    folder = tmp_path / "run"
+    assert here(*TRAIN, *SCHEDULES[schedule], f"out={folder}", "--quiet").code == 0
+    ended = here("train", f"resume={folder}", "epochs=5")
+    assert ended.code == 2
+    error, hint = two_lines(ended.stderr)
+    assert error == "epochs=5 differs from the run's epochs=3"
+    assert "resume_allow=[epochs]" in hint
+
+
+@pytest.mark.parametrize(
+    ("word", "message", "may_be_allowed"),
+    [
+        ("seed=1", "seed=1 differs from the run's seed=0", False),
+        ("batch_size=32", "batch_size=32 differs from the run's batch_size=69", False),
+        ("grad_accum=2", "grad_accum=2 differs from the run's grad_accum=1", False),
+        ("model=linear", "model=linear differs from the run's model=mlp", False),
+        (
+            "model=mlp model.hidden=[32]",
+            "model.hidden=[32] differs from the run's model.hidden=[16]",
+            False,
+        ),
+        (
+            "model=mlp model.dropout=0",
+            "model.dropout=0.0 differs from the run's model.dropout=0.2",
+            False,
+        ),
+        ("dataset=mnist", "dataset=mnist differs from the run's dataset=digits", False),
+        ("dataset.val_fraction=0.2", "dataset.val_fraction=0.2 differs", False),
+        ("optim=sgd", "optim=sgd differs from the run's optim=adam", False),
+        ("loss=mse", "loss=mse differs from the run's loss=cross_entropy", False),
+        ("optim.lr=0.5", "optim.lr=0.5 differs from the run's optim.lr=0.001", True),
+        ("schedule=cosine", "schedule=cosine differs from the run's schedule=constant", True),
+        ("epochs=2", "epochs=2 differs from the run's epochs=3", True),
+        ("grad_clip=1", "grad_clip=1.0 differs from the run's grad_clip=null", True),
+        ("early_stop.patience=2", "early_stop.patience=2 differs", True),
+        ("monitor=val_loss", "monitor=val_loss differs from the run's monitor=auto", True),
+    ],
+)
+def test_a_key_that_would_change_the_run_is_refused_by_its_name(
+    stops: Stops, tmp_path: Path, word: str, message: str, may_be_allowed: bool
+) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    ended = here("train", f"resume={folder}", *word.split())
+    assert ended.code == 2
+    error, hint = two_lines(ended.stderr)
+    assert error.startswith(message)
+    assert ("resume_allow=" in hint) is may_be_allowed
+    if not may_be_allowed:
+        key = message.partition("=")[0]
+        assert here("train", f"resume={folder}", *word.split(), f"resume_allow=[{key}]").code == 2
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_key_that_is_allowed_changes_the_rest_of_the_run(stops: Stops, tmp_path: Path) -> None:
+    folder = stops.after(20, tmp_path / "run")
+    ended = here("train", f"resume={folder}", "optim.lr=0.01", "resume_allow=[optim.lr]", "--quiet")
+    assert (ended.code, ended.stderr) == (0, "")
+    assert [float(row["lr"]) for row in metrics_rows(folder)] == [0.001, 0.01, 0.01]
+    assert metrics_rows(folder)[0] == stops.outcome["metrics"][0]
+
+
+def test_what_does_not_change_the_run_may_differ(stops: Stops, tmp_path: Path) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    ended = here("train", f"resume={folder}", "save_every=7", "device=cpu", "--quiet")
+    assert (ended.code, ended.stderr) == (0, "")
+    assert outcome_of(folder) == stops.outcome
+
+
+def test_auto_starts_and_continues(stops: Stops, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    ended = here(*TRAIN, "resume=auto", f"out={folder}", "save_every=1", "--quiet")
+    assert (ended.code, ended.stderr) == (0, "")
+    assert outcome_of(folder) == stops.outcome
+    half = stops.after(33, tmp_path / "half")
+    ended = here(*TRAIN, "resume=auto", f"out={half}")
+    assert (ended.code, ended.stderr) == (0, "")
+    assert "resuming at step 33" in ended.stdout
+    assert outcome_of(half) == stops.outcome
+
+
+@pytest.mark.parametrize(
+    "name", ["missing", "a file", "empty", "x" * 300, "~nobody-of-this-name/run", "loop"]
+)
+def test_a_folder_that_holds_no_run_can_not_be_resumed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    ended = here("train", f"resume={name if name[0] == '~' else tmp_path / name}")
+    assert ended.code == 4
+    assert name[:10] in two_lines(ended.stderr)[0]
+
+
+def test_another_number_of_threads_is_said(stops: Stops, server: Server, tmp_path: Path) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    ended = server.run(faults.program_with_threads, ["train", f"resume={folder}"], 2)
+    assert (ended.code, ended.stderr) == (0, "")
+    assert "warning: the run had threads=1, here it is 2" in ended.stdout
+
+
+def test_optimizer_state_that_does_not_fit_is_refused(stops: Stops, tmp_path: Path) -> None:
+    """Fused optimizers walk through memory: state of another shape must never reach them."""
+    folder = stops.after(33, tmp_path / "run")
+    found = checkpoint.load(folder / "last.safetensors")
+    name = "output.weight.exp_avg"
+    damages: dict[str, Checkpoint] = {
+        "none": dataclasses.replace(found, optim={}),
+        "missing": dataclasses.replace(
+            found, optim={k: v for k, v in found.optim.items() if k != name}
+        ),
+        "scalar": dataclasses.replace(found, optim=found.optim | {name: torch.tensor(0.0)}),
+        "extra": dataclasses.replace(found, optim=found.optim | {f"{name}2": found.optim[name]}),
+        "step": dataclasses.replace(
+            found, optim=found.optim | {"output.weight.step": found.model["output.weight"]}
+        ),
+    }
+    (folder / "best.safetensors").unlink()
+    for what, damaged in damages.items():
+        checkpoint.save(folder / "last.safetensors", damaged)
+        ended = here("train", f"resume={folder}", "--quiet")
+        assert ended.code == 4, what
+        two_lines(ended.stderr)
+
+
+# --- numbers that are not finite, and memory -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["optim=sgd", "optim.lr=1e30"], "the loss is"),
+        (["optim=sgd", "optim.lr=1e300", "save_every=1"], "the "),
+        (["optim=adam", "optim.lr=1e38"], "the "),
+    ],
+)
+def test_numbers_that_are_not_finite_end_the_run(
+    tmp_path: Path, words: list[str], what: str
+) -> None:
+    folder = tmp_path / "run"
+    ended = here(*TRAIN, *words, f"out={folder}", "--quiet")
+    assert ended.code == 5
+    error, hint = two_lines(ended.stderr)
+    assert error.startswith(f"training diverged: {what}") and " at step " in error
+    assert "with learning rate 1e+" in error and "optim.lr=" in hint
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "diverged" and result["error"] == error
+    for path in folder.glob("*.safetensors"):
+        state_of(path)  # refuses what is not finite
+    lower = ["optim.lr=0.01", "resume_allow=[optim.lr]"]
+    ended = here("train", f"resume={folder}", *lower, "--quiet")
+    assert (ended.code, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: float
+) -> None:
+    """The loss is finite, and one number of the gradient is not, at step 35 only."""
+    folder = tmp_path / "run"
+    real = loop.take_step
+
+    def take_step(job: loop.Job, indices: torch.Tensor, step: int) -> float:
+        parameter = next(job.model.parameters())
+        hook = parameter.register_hook(lambda gradient: gradient * number) if step == 34 else None
+        loss = real(job, indices, step)
+        if hook is not None:
+            hook.remove()
+        return loss
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    ended = here(*TRAIN, f"out={folder}", "--quiet")
+    assert ended.code == 5
+    assert "the gradient is nan at step 35, with learning rate 0.001" in two_lines(ended.stderr)[0]
+    assert state_of(folder / "last.safetensors")["step"] == 20
+
+
+@pytest.mark.parametrize("optim", ["adam", "adagrad", "rmsprop", "momentum"])
+def test_gradients_too_large_to_square_never_spoil_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, optim: str
+) -> None:
+    """Their squares overflow in the optimizer's state while the weights stay finite."""
+    folder = tmp_path / "run"
+    real = loop.take_step
+
+    def take_step(job: loop.Job, indices: torch.Tensor, step: int) -> float:
+        for parameter in job.model.parameters():
+            if step == 34 and not parameter._backward_hooks:
+                parameter.register_hook(lambda gradient: gradient * 1e25)
+        return real(job, indices, step)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    ended = here(*TRAIN, f"optim={optim}", f"out={folder}", "--quiet")
+    assert ended.code in (0, 5)
+    for path in folder.glob("*.safetensors"):
+        state_of(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "mebibytes"),
+    [
+        (["model.hidden=[20000,20000]"], 400),  # the weights don't fit
+        (["model.hidden=[60000]", "batch_size=1365"], 250),  # the activations don't fit
+    ],
+)
+def test_too_little_memory_is_one_line(
+    server: Server, tmp_path: Path, words: list[str], mebibytes: int
+) -> None:
+    folder = tmp_path / "run"
+    ended = server.run(
+        faults.program_with_memory,
+        [*TRAIN, *words, f"out={folder}", "--quiet"],
+        mebibytes * 2**20,
+    )
+    assert ended.code == 6, ended.stderr
+    error, hint = two_lines(ended.stderr)
+    assert error == "out of memory" and "batch_size=" in hint
+    if (folder / "last.safetensors").exists():
+        state_of(folder / "last.safetensors")
+
+
+def test_too_little_gpu_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What CUDA raises, at a step; there is no GPU here to fill."""
+    real = loop.take_step
+
+    def take_step(job: loop.Job, indices: torch.Tensor, step: int) -> float:
+        if step == 34:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(job, indices, step)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    folder = tmp_path / "run"
+    ended = here(*TRAIN, f"out={folder}", "--quiet")
+    assert ended.code == 6
+    error, hint = two_lines(ended.stderr)
+    assert error == "out of GPU memory" and "batch_size=34" in hint
+    assert state_of(folder / "last.safetensors")["step"] == 20
+    assert json.loads((folder / "result.json").read_text())["status"] == "failed"

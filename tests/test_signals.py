@@ -1,0 +1,166 @@
+"""Signals and streams: the step is finished, a checkpoint is written, the exit code says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faults
+import pytest
+from faults import TRAIN, Server, figure, many, outcome_of, state_of, temporaries, two_lines
+
+pytest_plugins = ["faults"]
+LONG = (*TRAIN, "epochs=20", "--quiet")  # 400 steps, more than a second
+
+
+@pytest.fixture(scope="module")
+def plain(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`LONG`, never interrupted."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    assert server.run(faults.program, [*LONG, f"out={folder}"]).code == 0
+    return folder
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_and_the_run_goes_on_with_the_same_bits(
+    server: Server, plain: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    chance, slowest_s, steps = random.Random(number), 0.0, []
+    for attempt in range(many(2, 50)):
+        folder = tmp_path / str(attempt)
+        child = server.start(faults.program, [*LONG, f"out={folder}"])
+        child.wait_for((folder / "metrics.csv").exists)
+        time.sleep(chance.uniform(0, 0.3))
+        asked_s = time.monotonic()
+        child.kill(number)
+        ended = child.wait()
+        slowest_s = max(slowest_s, time.monotonic() - asked_s)
+        assert (ended.code, ended.stdout) == (code, "")
+        state = state_of(folder / "last.safetensors")
+        steps.append(state["step"])
+        error, hint = two_lines(ended.stderr)
+        assert error == f"interrupted at step {steps[-1]}; everything is saved in {folder}"
+        assert hint == f"type mnist-cli train resume={folder}"
+        result = json.loads((folder / "result.json").read_text())
+        assert (result["status"], result["error"]) == ("interrupted", error)
+        assert result["config_hash"] == state["config"]
+        assert not temporaries(folder)
+        ended = server.run(faults.program, ["train", f"resume={folder}", "--quiet"])
+        assert (ended.code, ended.stderr) == (0, "")
+        assert outcome_of(folder) == outcome_of(plain)
+    assert slowest_s < 5
+    assert all(0 < step < 400 for step in steps)
+    name = signal.Signals(number).name
+    figure(f"{name}, then resume", len(steps), slowest_ms=round(1000 * slowest_s))
+
+
+def test_a_second_signal_leaves_at_once_with_a_whole_checkpoint(
+    server: Server, plain: Path, tmp_path: Path
+) -> None:
+    for attempt in range(many(2, 50)):
+        folder = tmp_path / str(attempt)
+        child = server.start(faults.program, [*LONG, f"out={folder}"])
+        child.wait_for((folder / "metrics.csv").exists)
+        child.kill(signal.SIGSTOP)
+        child.kill(signal.SIGTERM)
+        child.kill(signal.SIGINT)
+        child.kill(signal.SIGCONT)  # both arrive before the step is over
+        ended = child.wait()
+        assert ended.code in (130, 143) and ended.seconds < 5
+        error, hint = two_lines(ended.stderr)
+        assert error == "stopped at once by a second signal" and "resume=" in hint
+        state_of(folder / "last.safetensors")
+        assert not temporaries(folder)
+        assert server.run(faults.program, ["train", f"resume={folder}", "--quiet"]).code == 0
+        assert outcome_of(folder) == outcome_of(plain)
+    figure("two signals at once, then resume", many(2, 50))
+
+
+def test_a_signal_inside_any_system_call_of_a_save(server: Server, tmp_path: Path) -> None:
+    words = [*TRAIN, "epochs=2", "batch_size=500", "--quiet"]
+    assert server.run(faults.program, [*words, f"out={tmp_path}/plain"]).code == 0
+    expected = outcome_of(tmp_path / "plain")
+    points = 0
+    for at in range(1, 1000, many(11, 1)):
+        folder = tmp_path / str(at)
+        auto = [*words, "resume=auto", f"out={folder}"]
+        ended = server.run(faults.signal_in_save, auto, at)
+        if ended.code == 0:
+            assert outcome_of(folder) == expected
+        else:
+            assert ended.code == 143
+            two_lines(ended.stderr)
+            if folder.exists():
+                assert not temporaries(folder)
+            for path in folder.glob("*.safetensors"):
+                state_of(path)
+            assert server.run(faults.program, auto).code == 0
+            assert outcome_of(folder) == expected
+            points += 1
+        if at > 110:
+            break
+    assert points >= 5
+    figure("SIGTERM inside a system call of a save, then resume", points)
+
+
+def test_a_closed_terminal_ends_the_run_with_a_whole_checkpoint(
+    server: Server, plain: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    child = server.start(faults.program, [*LONG, f"out={folder}"])
+    child.wait_for((folder / "metrics.csv").exists)
+    child.kill(signal.SIGHUP)
+    assert child.wait().code == -signal.SIGHUP
+    assert server.run(faults.program, ["train", f"resume={folder}", "--quiet"]).code == 0
+    assert outcome_of(folder) == outcome_of(plain)
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(server: Server, tmp_path: Path) -> None:
+    """As `mnist-cli train | head -1`."""
+    folder, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    child = server.start(faults.program_with_stdout, [*TRAIN, f"out={folder}"], str(pipe))
+    with open(pipe) as reader:
+        reader.readline()
+    ended = child.wait()
+    assert (ended.code, ended.stderr) == (0, "")
+    assert outcome_of(folder)["result"]["status"] == "completed"
+
+
+@pytest.mark.parametrize("path", ["/dev/full", None])
+def test_a_standard_output_that_is_full_or_closed_does_not_end_the_run(
+    server: Server, tmp_path: Path, path: str | None
+) -> None:
+    folder = tmp_path / "run"
+    ended = server.run(faults.program_with_stdout, [*TRAIN, f"out={folder}"], path)
+    assert "Traceback" not in ended.stderr
+    assert outcome_of(folder)["result"]["status"] == "completed"
+    assert ended.code == 0
+
+
+def test_a_real_process_too(plain: Path, tmp_path: Path) -> None:
+    """The one test here that pays for a start of its own."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mnist_cli", *LONG, "epochs=100000", f"out={folder}"],
+        cwd=faults.ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 60
+    while not (folder / "metrics.csv").exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=5)
+    assert (process.returncode, stdout) == (130, "")
+    assert f"resume={folder}" in two_lines(stderr)[1]
+    assert state_of(folder / "last.safetensors")["step"] >= 20
