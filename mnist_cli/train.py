@@ -25,6 +25,7 @@ from mnist_cli.config import LinearModelConfig, TrainConfig, config_hash
 from mnist_cli.console import Console
 from mnist_cli.dataset import Normalise
 from mnist_cli.errors import (
+    DataError,
     DivergedError,
     Interrupted,
     ResourceError,
@@ -78,6 +79,12 @@ def run(
             console.say(f"{old_folder} is already complete at step {before.progress.step}")
             return result
         job = prepare(config, before, started_s)
+        if job.data.spec != before.spec:
+            raise DataError(
+                f"the {before.spec.name} data here is not what the run was trained on"
+                f" (digest {job.data.spec.digest[:12]} instead of {before.spec.digest[:12]})",
+                "name the folder with the run's data: dataset.root=DIR",
+            )
         if before.progress.step > config.epochs * job.steps_per_epoch:
             done = before.progress.step // job.steps_per_epoch
             raise UsageError(

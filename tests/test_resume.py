@@ -602,3 +602,30 @@ def test_too_little_gpu_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
     assert error == "out of GPU memory" and "batch_size=34" in hint
     assert state_of(folder / "last.safetensors")["step"] == 20
     assert json.loads((folder / "result.json").read_text())["status"] == "failed"
+
+
+def test_a_run_never_goes_on_with_other_data(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert here(*TRAIN, f"out={folder}", "--quiet").code == 0
+    found = checkpoint.load(folder / "last.safetensors")
+    spec = dataclasses.replace(found.spec, digest="0" * 64)
+    checkpoint.save(folder / "last.safetensors", dataclasses.replace(found, spec=spec))
+    before = (folder / "last.safetensors").read_bytes()
+    ended = here("train", f"resume={folder}", "epochs=9", "--quiet")
+    error, _ = two_lines(ended.stderr)
+    assert ended.code == 3 and "000000000000" in error
+    assert (folder / "last.safetensors").read_bytes() == before
+
+
+def test_what_is_typed_is_checked_with_what_the_run_holds(tmp_path: Path) -> None:
+    """Not with the defaults: the run is a perceptron of other widths and more epochs."""
+    folder = tmp_path / "run"
+    assert here(*TRAIN, "epochs=4", f"out={folder}", "--quiet").code == 0
+    words = ("train", f"resume={folder}", "--quiet")
+    more = here(*words, "epochs=12", "early_stop.patience=11", "resume_allow=[early_stop.patience]")
+    assert more.code == 0, more.stderr
+    keys = "early_stop.patience=null", "resume_allow=[epochs,early_stop.patience]"
+    fewer = here(*words, "epochs=2", *keys)
+    assert fewer.code == 2 and "12 that are done" in fewer.stderr
+    other = here(*words, "model.hidden=[5]")
+    assert other.code == 2 and "differs from the run's model.hidden=" in other.stderr
