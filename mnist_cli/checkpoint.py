@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mnist_cli import __version__, dataset, durable
+from mnist_cli import __version__, dataset, durable, optim, strict_json
 from mnist_cli.config import EmnistConfig, ImageFilesConfig, TrainConfig, to_plain, train_config
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, DatasetSpec
@@ -299,37 +299,10 @@ def _read_document(
 
 
 def _json(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys, NaN or numbers out of reach."""
     try:
-        found = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_int=_int,
-        )
-    except (ValueError, RecursionError) as error:
-        reason = "too deep" if isinstance(error, RecursionError) else str(error)
-        raise _Refused(f"has a {what} that is not sound JSON ({reason})", _FOREIGN) from error
-    if not isinstance(found, dict):
-        raise _Refused(f"has a {what} that is not a JSON object", _FOREIGN)
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands there twice")
-    return found
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
-
-
-def _int(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError("a number is too long")
-    return int(digits)
+        return strict_json.parse(data)
+    except ValueError as error:
+        raise _Refused(f"has a {what} that is not sound JSON ({error})", _FOREIGN) from error
 
 
 def _check_format(document: dict[str, Any]) -> None:
@@ -423,7 +396,7 @@ def _check_tensors(
     states = {
         f"optim.{name}.{key}": [] if key == "step" else list(parameter.shape)
         for name, parameter in model.named_parameters()
-        for key in optim_state(config)
+        for key in optim.state_names(config.optim)
     }
     if any(name.startswith("optim.") for name in found):
         missing += sorted(states.keys() - found.keys())
@@ -486,53 +459,3 @@ def load_data(
             f" (digest {data.spec.digest[:12]} instead of {spec.digest[:12]})"
         )
     return data
-
-
-# --- optimizer state -----------------------------------------------------------------------------
-
-
-_OPTIM_STATE = {
-    "sgd": (),
-    "momentum": (),
-    "adam": ("step", "exp_avg", "exp_avg_sq"),
-    "adamw": ("step", "exp_avg", "exp_avg_sq"),
-    "rmsprop": ("step", "square_avg"),
-    "adagrad": ("step", "sum"),
-    "adadelta": ("step", "square_avg", "acc_delta"),
-}
-
-
-def optim_state(config: TrainConfig) -> tuple[str, ...]:
-    """What the optimizer keeps of each parameter once a step is taken, as torch calls it.
-
-    Fused optimizers walk through memory: state of another name or shape must never reach them.
-    """
-    momentum = getattr(config.optim, "momentum", 0)
-    return _OPTIM_STATE[config.optim.name] + (("momentum_buffer",) if momentum else ())
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter>.<state>`: of the parameter's shape, or scalars."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                tensors[f"{name}.{key}"] = torch.as_tensor(value, dtype=torch.float32)
-    return tensors
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
-) -> None:
-    """Put what `optimizer_tensors` gave back into a newly built optimizer."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for index, (name, _) in enumerate(model.named_parameters()):
-        own = {
-            k.removeprefix(f"{name}."): t
-            for k, t in tensors.items()
-            if k.rpartition(".")[0] == name
-        }
-        if own:
-            state[index] = own
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})

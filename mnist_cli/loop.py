@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist_cli import checkpoint as checkpoints
-from mnist_cli import dataset, runtime, schedule, scoring
+from mnist_cli import dataset, optim, runtime, schedule, scoring
 from mnist_cli.checkpoint import Best, Checkpoint, Progress
 from mnist_cli.config import TrainConfig, save_every_s
 from mnist_cli.console import Console
@@ -56,7 +56,7 @@ class Job:
             progress=self.progress,
             host=runtime.Host.of(self.device),
             model=self.model.state_dict(),
-            optim=checkpoints.optimizer_tensors(self.optimizer, self.model),
+            optim=optim.state_tensors(self.optimizer, self.model),
         )
 
 

@@ -7,7 +7,7 @@ in the order of their memory: all three must be laid out alike, or it mixes them
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mnist_cli.config import (
     AdadeltaConfig,
@@ -74,3 +74,52 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
                 eps=config.eps,
                 weight_decay=config.weight_decay,
             )
+
+
+# --- state ---------------------------------------------------------------------------------------
+
+_STATE = {
+    "sgd": (),
+    "momentum": (),
+    "adam": ("step", "exp_avg", "exp_avg_sq"),
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+    "rmsprop": ("step", "square_avg"),
+    "adagrad": ("step", "sum"),
+    "adadelta": ("step", "square_avg", "acc_delta"),
+}
+
+
+def state_names(config: OptimConfig) -> tuple[str, ...]:
+    """What the optimizer keeps of each parameter once a step is taken, as torch calls it.
+
+    Fused optimizers walk through memory: state of another name or shape must never reach them.
+    """
+    momentum = getattr(config, "momentum", 0)
+    return _STATE[config.name] + (("momentum_buffer",) if momentum else ())
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as `<parameter>.<state>`: of the parameter's shape, or scalars."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensors[f"{name}.{key}"] = torch.as_tensor(value, dtype=torch.float32)
+    return tensors
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """Put what `state_tensors` gave back into a newly built optimizer."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, (name, _) in enumerate(model.named_parameters()):
+        own = {
+            k.removeprefix(f"{name}."): t
+            for k, t in tensors.items()
+            if k.rpartition(".")[0] == name
+        }
+        if own:
+            state[index] = own
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_cli import checkpoint as checkpoints
-from mnist_cli import schedule
+from mnist_cli import optim, schedule
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.config import FREE_KEYS, TrainConfig, config_hash, flatten, to_plain, train_config
 from mnist_cli.console import Console
@@ -70,7 +70,7 @@ def load(
     for path in _checkpoints_in(folder.path):
         try:
             found = checkpoints.load(path)
-            if found.progress.step and not found.optim and checkpoints.optim_state(found.config):
+            if found.progress.step and not found.optim and optim.state_names(found.config.optim):
                 raise CheckpointError(f"{path} holds no state of the optimizer", "")
         except CheckpointError as error:
             reasons.append(error.message)

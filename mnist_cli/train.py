@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mnist_cli import __version__, dataset, resume, runtime, scoring
+from mnist_cli import __version__, dataset, optim, resume, runtime, scoring
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
@@ -36,7 +36,6 @@ from mnist_cli.errors import (
 from mnist_cli.loop import Job, diverged, fit, save, stop_if_asked, timed
 from mnist_cli.loss import build_loss
 from mnist_cli.model import build_model, num_params
-from mnist_cli.optim import build_optimizer
 from mnist_cli.run import RunFolder
 
 RUNS = "outputs/train"
@@ -113,9 +112,9 @@ def prepare(config: TrainConfig, before: Checkpoint | None, started_s: float) ->
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     if before is not None:
         model.load_state_dict(before.model)
-    optimizer = build_optimizer(config.optim, model)
+    optimizer = optim.build_optimizer(config.optim, model)
     if before is not None:
-        checkpoints.restore_optimizer(optimizer, model, before.optim)
+        optim.restore_state(optimizer, model, before.optim)
         if before.progress.loss_scale is not None:
             scaler.load_state_dict(scaler.state_dict() | {"scale": before.progress.loss_scale})
     return Job(

@@ -579,4 +579,5 @@ def _fork(job: str, arguments: list[Any], folder: str) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's deafness would be inherited
     serve()

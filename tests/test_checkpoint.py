@@ -27,7 +27,7 @@ from faults import TRAIN, figure, here, many, state_of, two_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnist_cli import checkpoint, scoring
+from mnist_cli import checkpoint, optim, scoring
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.console import Console
 from mnist_cli.errors import CheckpointError, DivergedError, MnistCliError
@@ -221,7 +221,7 @@ def test_the_state_of_every_optimizer_is_known(tmp_path: Path, words: str) -> No
     assert here(*line, f"out={path.parent}", "--quiet").code == 0
     found = checkpoint.load(path)
     kept = {name.rpartition(".")[2] for name in found.optim}
-    assert kept == set(checkpoint.optim_state(found.config))
+    assert kept == set(optim.state_names(found.config.optim))
 
 
 # --- hand-made files ------------------------------------------------------------------------------

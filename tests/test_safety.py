@@ -153,7 +153,7 @@ LAYERS: dict[str, dict[str, set[str]]] = {
     },
     "ground": {
         "__init__": set(), "config": {"errors", "typed"}, "errors": set(), "console": {"errors"},
-        "runtime": {"errors"}, "typed": {"errors"}, "durable": {"errors"},
+        "runtime": {"errors"}, "strict_json": set(), "typed": {"errors"}, "durable": {"errors"},
     },
 }  # fmt: skip
 ORDER = list(LAYERS)
