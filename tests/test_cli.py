@@ -697,3 +697,16 @@ def test_json_alone_on_stdout_of_a_real_process() -> None:
     assert result.returncode == 0
     assert json.loads(result.stdout) == json.loads(Path("run/result.json").read_text())
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(compose.IS_13, reason="Hydra 1.3 has no whitelist; README says what to trust")
+def test_a_configuration_can_not_name_foreign_code(mnist_cli: Program, tmp_path: Path) -> None:
+    folder, touched = tmp_path / "theirs", tmp_path / "touched"
+    (folder / "evil").mkdir(parents=True)
+    (folder / "evil" / "on.yaml").write_text(
+        f"# @package hydra.callbacks\nx: {{_target_: pathlib.Path.touch, _args_: [{touched}]}}\n"
+    )
+    words = ("train", "dataset=digits", "+evil=on", "hydra.verbose=false")
+    outcome = mnist_cli(*words, "--config-dir", str(folder))
+    assert outcome.code == 2 and "whitelist" in outcome.error
+    assert not touched.exists()
