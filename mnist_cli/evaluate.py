@@ -31,6 +31,7 @@ def run(config: EvalConfig, console: Console) -> dict[str, Any]:
     """
     path = checkpoints.find(config.checkpoint)
     device = runtime.resolve_device(config.device)
+    runtime.keep_freed_memory()
     if path.suffix == ".onnx":
         exported = onnx_file.load(path)
         return _evaluate(config, console, path, exported.config, exported.spec, exported.answer)

@@ -102,6 +102,7 @@ def prepare(config: TrainConfig, before: Checkpoint | None, started_s: float) ->
     """Device, data, model, loss and optimizer; as they stood at the checkpoint `before`, if any."""
     times = {"startup_s": time.monotonic() - started_s}
     device = runtime.resolve_device(config.device, config.precision)
+    runtime.keep_freed_memory()
     with timed(times, "data_s"):
         data = dataset.load(config.dataset, config.seed)
         data = dataclasses.replace(
