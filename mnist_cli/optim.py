@@ -6,6 +6,11 @@ in the order of their memory: all three must be laid out alike, or it mixes them
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +32,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     params = list(model.parameters())
     match config:
         case SgdConfig():
-            return torch.optim.SGD(
+            return _unguarded(torch.optim.SGD)(
                 params,
                 lr=config.lr,
                 momentum=config.momentum,
@@ -37,7 +42,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
             )
         case AdamConfig():
             kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-            return kind(
+            return _unguarded(kind)(
                 params,
                 lr=config.lr,
                 betas=config.betas,
@@ -46,7 +51,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
                 fused=True,
             )
         case AdagradConfig():
-            return torch.optim.Adagrad(
+            return _unguarded(torch.optim.Adagrad)(
                 params,
                 lr=config.lr,
                 lr_decay=config.lr_decay,
@@ -58,7 +63,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         # torch has no fused form of the other two. Left to itself it takes foreach on CUDA and a
         # plain loop on the CPU, where foreach was measured to gain nothing.
         case RmspropConfig():
-            return torch.optim.RMSprop(
+            return _unguarded(torch.optim.RMSprop)(
                 params,
                 lr=config.lr,
                 alpha=config.alpha,
@@ -67,13 +72,27 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
                 weight_decay=config.weight_decay,
             )
         case AdadeltaConfig():
-            return torch.optim.Adadelta(
+            return _unguarded(torch.optim.Adadelta)(
                 params,
                 lr=config.lr,
                 rho=config.rho,
                 eps=config.eps,
                 weight_decay=config.weight_decay,
             )
+
+
+@functools.cache
+def _unguarded(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """`kind` without its guards against torch.compile, which never sees our optimizers.
+
+    The guards import all of the compiler, more than a second at the start of a run, and take up
+    to half of a small step. `inspect.unwrap` gives the methods as torch's source has them.
+    """
+    names = ("add_param_group", "load_state_dict", "state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    step = torch.no_grad()(inspect.unwrap(kind.step))
+    step.hooked = True  # or torch wraps it once more, for its profiler
+    return type(kind.__name__, (kind,), {"step": step, **methods})
 
 
 # --- state ---------------------------------------------------------------------------------------

@@ -179,3 +179,18 @@ def test_every_option_builds_and_learns(name: str) -> None:
     before = bowl().item()
     descend(config, bowl, 50)
     assert bowl().item() < before
+
+
+@pytest.mark.parametrize("config", CASES, ids=str)
+def test_without_guards_it_is_the_same_optimizer(config: OptimConfig) -> None:
+    ours, theirs = Bowl(torch.float32), Bowl(torch.float32)
+    optimizer = build_optimizer(config, ours)
+    kind = type(optimizer).__mro__[1]
+    assert kind.__module__.startswith("torch.optim")
+    reference = kind(theirs.parameters(), **optimizer.defaults)
+    for _ in range(5):
+        for bowl, one in ((ours, optimizer), (theirs, reference)):
+            one.zero_grad()
+            bowl().backward()
+            one.step()
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))

@@ -12,6 +12,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TORTURE, Program
+from conftest import ROOT, TORTURE, Program
 from data_files import write_mnist_like
 from hypothesis import given
 from hypothesis import strategies as st
@@ -411,6 +413,19 @@ def test_a_run_that_diverges(mnist_cli: Program) -> None:
         assert all(bool(t.isfinite().all()) for t in checkpoint.load(path).model.values())
     assert (run / "last.safetensors").exists()
     assert outcome.error in (run / "train.log").read_text()
+
+
+def test_a_run_imports_nothing_that_it_does_not_need(trained: Trained, tmp_path: Path) -> None:
+    trained("dataset=digits", "model=mlp", "epochs=1")  # leaves the decoded digits in the cache
+    heavy = {"torch._dynamo", "torchvision", "sklearn", "PIL", "onnx", "onnxruntime", "matplotlib"}
+    program = (
+        "import sys; from mnist_cli.cli import main; code = main(sys.argv[1:]);"
+        f"print(code, sorted({heavy} & set(sys.modules)))"
+    )
+    words = ["train", "dataset=digits", "model=mlp", "epochs=1", f"out={tmp_path / 'run'}"]
+    command = [sys.executable, "-c", program, *words, "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "0 []\n"
 
 
 def test_a_folder_with_a_run_is_left_alone(mnist_cli: Program, trained: Trained) -> None:
