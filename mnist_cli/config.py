@@ -24,6 +24,7 @@ Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
 Share = Annotated[float, Range(least=0, below=1)]
+Width = Annotated[int, Range(least=1, most=65_536)]
 
 # --- model ---------------------------------------------------------------------------------------
 
@@ -36,13 +37,15 @@ class LinearModelConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlpConfig:
     name: Literal["mlp"]
-    hidden: tuple[Annotated[int, Range(least=1, most=65_536)], ...]
+    hidden: tuple[Width, ...]
     dropout: Share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CnnConfig:
     name: Literal["cnn"]
+    channels: tuple[Width, Width]
+    dense: Width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -553,7 +553,8 @@ def test_json_of_what_only_answers(mnist_cli: Program) -> None:
         text = mnist_cli(*words).stdout
         assert one_document(mnist_cli("--json", *words)) == {"help": text.removesuffix("\n")}
     job = one_document(mnist_cli("train", "--cfg", "job", "--json", "seed=7"))
-    assert (job["seed"], job["model"], job["out"]) == (7, {"name": "cnn"}, None)
+    cnn = {"name": "cnn", "channels": [32, 64], "dense": 128}
+    assert (job["seed"], job["model"], job["out"]) == (7, cnn, None)
     for topic in ("defaults", "searchpath", "all"):
         shown = mnist_cli("train", "--info", topic).stdout
         document = one_document(mnist_cli("train", "--info", topic, "--json"))

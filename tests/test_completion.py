@@ -32,8 +32,8 @@ def offered(line: str) -> list[str]:
         ("mnist-cli tr", ["train"]),
         ("mnist-cli e", ["eval", "export"]),
         ("mnist-cli --quiet ev", ["eval"]),
-        ("mnist-cli train mod", ["model="]),
-        ("mnist-cli train model=cnn mo", ["monitor="]),
+        ("mnist-cli train mod", ["model=", "model.channels=", "model.dense="]),
+        ("mnist-cli train model=cnn_deep mo", ["monitor="]),
         ("mnist-cli train model=c", ["model=cnn", "model=cnn_dropout", "model=cnn_deep"]),
         ("mnist-cli train -m optim=sgd,adam", ["optim=sgd,adam", "optim=sgd,adamw"]),
         ("mnist-cli train -m model=cnn,m", ["model=cnn,mlp"]),
@@ -269,7 +269,7 @@ def typed(request: pytest.FixtureRequest, home: Path) -> Any:
 
 def test_bash_and_zsh_complete(typed: Typed) -> None:
     assert typed("mnist-cli tr\tmodel=ml\t") == ["train", "model=mlp"]
-    assert typed("mnist-cli train mod\tcnn_dr\t") == ["train", "model=cnn_dropout"]
+    assert typed("mnist-cli train model=cnn_dr\t") == ["train", "model=cnn_dropout"]
     assert typed("mnist-cli -m train model=cnn,ml\t") == ["-m", "train", "model=cnn,mlp"]
     assert typed("mnist-cli train optim=adadelta optim.rh\t0.5") == [
         *("train", "optim=adadelta", "optim.rho=0.5")

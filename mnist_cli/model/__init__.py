@@ -39,7 +39,7 @@ def build_model(config: ModelConfig, input_shape: tuple[int, ...], num_outputs: 
         case MlpConfig():
             return Mlp(config.hidden, config.dropout, input_shape, num_outputs)
         case CnnConfig():
-            return Cnn(input_shape, num_outputs)
+            return Cnn(config.channels, config.dense, input_shape, num_outputs)
         case CnnDropoutConfig():
             return CnnDropout(config.conv_dropout, config.dense_dropout, input_shape, num_outputs)
         case CnnDeepConfig():
