@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except MnistCliError as error:
-        console.error(error.message, error.hint, error.exit_code)
+        console.error(error.message, error.hint, error.exit_code, instead=error.document)
         return error.exit_code
     except Interrupted as error:
         console.error(error.message, error.hint, error.exit_code)

@@ -24,12 +24,14 @@ CHOICES = {
     "split": ("test", "val", "train"),
     "format": ("onnx", "torch_export", "safetensors"),
     "quantize": ("none", "int8"),
+    "preprocess": ("auto", "none"),
 }
 
 # The keys that name a file or folder, with the ends of the files to show beside folders.
 PATHS: dict[str, tuple[str, ...]] = {
     "checkpoint": (".safetensors", ".onnx"),
     "dataset.root": (),
+    "images": (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"),
     "out": (),
     "resume": (),
     "run": (),
@@ -147,6 +149,9 @@ def complete(words: Sequence[str], current: str) -> list[str]:
     before = words[-1] if words else ""
     if is_path(words, current):
         prefix, typed = ("", current) if before in FLAG_VALUES else (f"{key}=", value)
+        if key == "images":  # several, separated by commas
+            done, comma, typed = value.rpartition(",")
+            prefix += done + comma
         extra = ("auto",) if key == "resume" else ()
         found: Iterable[str] = (*_files(typed, PATHS.get(key, ())), *extra)
         return _matching((f"{prefix}{name}" for name in found), current)
@@ -249,7 +254,7 @@ def _files(typed: str, ends: tuple[str, ...]) -> list[str]:
         for path in found
         if path.name.startswith(name)
         and (name or not path.name.startswith("."))
-        and (path.is_dir() or path.name.endswith(ends))
+        and (path.is_dir() or path.name.lower().endswith(ends))
     ]
 
 

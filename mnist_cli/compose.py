@@ -20,7 +20,15 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_cli import conf
-from mnist_cli.config import EvalConfig, TrainConfig, eval_config, export_config, train_config
+from mnist_cli.config import (
+    EvalConfig,
+    PredictConfig,
+    TrainConfig,
+    eval_config,
+    export_config,
+    predict_config,
+    train_config,
+)
 from mnist_cli.console import Console
 from mnist_cli.errors import UsageError, shown
 from mnist_cli.explain import hydra_errors, no_such_key
@@ -30,11 +38,13 @@ from mnist_cli.sweep import Job
 from mnist_cli.typed import UnknownKeyError
 
 IS_13 = hydra.__version__.startswith("1.3")
-PATH_KEYS = ("checkpoint", "out", "resume", "dataset.root", "dataset.mirror")
+PATHS_KEYS = ("images",)  # of several paths
+PATH_KEYS = (*PATHS_KEYS, "checkpoint", "out", "resume", "dataset.root", "dataset.mirror")
 PARSERS: dict[str, Callable[[object], Any]] = {
     "train": train_config,
     "eval": eval_config,
     "export": export_config,
+    "predict": predict_config,
 }
 
 
@@ -68,8 +78,11 @@ def run(line: Line, console: Console, started_s: float) -> int:
 
 def command(
     config: Any, typed: Sequence[str], console: Console, started_s: float | None = None
-) -> dict[str, Any]:
-    """Run the command of `config`. torch is imported here, after all that can be wrong was said."""
+) -> Any:
+    """Run the command of `config` and return its document, a list of `predict`, else a dict.
+
+    torch is imported here, after all that can be wrong was said.
+    """
     if isinstance(config, TrainConfig):
         from mnist_cli import train
 
@@ -78,6 +91,10 @@ def command(
         from mnist_cli import evaluate
 
         return evaluate.run(config, console)
+    if isinstance(config, PredictConfig):
+        from mnist_cli import predict
+
+        return predict.run(config, console)
     from mnist_cli import export
 
     return export.run(config, console)
@@ -107,7 +124,8 @@ def checked(line: Line, composed: DictConfig) -> Any:
     assert isinstance(data, dict)
     for key, value in data.items():
         if value == "???":
-            raise UsageError(f"{key!s}= is required", f"type mnist-cli {line.command} {key!s}=RUN")
+            needed = "images=PATH" if key == "images" else f"{key!s}=RUN"
+            raise UsageError(f"{key!s}= is required", f"type mnist-cli {line.command} {needed}")
     for word in line.overrides:
         key = word.lstrip("+~").partition("=")[0]
         if key in conf.GROUPS and "[" in word:
@@ -159,13 +177,26 @@ def _refuse_sweep_values(parsed: Sequence[Override]) -> None:
 
 
 def _with_quoted_path(word: str, is_multirun: bool) -> str:
-    """`word` with its value quoted where it is a path: people type runs/lr=0.1 without thinking."""
+    """`word` with its value quoted where it is a path: people type runs/lr=0.1 without thinking.
+
+    Several paths, as `images` takes them, become a list. With -m a comma means one job for each, as
+    with any key.
+    """
     key, equals, value = word.partition("=")
-    plain = not value or value == "null" or value[0] in "'\"" or value.startswith("${")
-    if not equals or key.lstrip("+") not in PATH_KEYS or plain:
+    if not equals or key.lstrip("+") not in PATH_KEYS or not value or value == "null":
         return word
-    parts = value.split(",") if is_multirun else [value]
-    return f"{key}={','.join(quoted(part) for part in parts)}"
+    plain = value[0] in "'\"" or value.startswith("${")
+    if key.lstrip("+") not in PATHS_KEYS:
+        parts = value.split(",") if is_multirun else [value]
+        return word if plain else f"{key}={','.join(quoted(part) for part in parts)}"
+    if value[0] == "[" and value[-1] == "]":
+        return word
+    paths = [value] if plain else [quoted(part) for part in value.split(",")]
+    return (
+        f"{key}={','.join(f'[{path}]' for path in paths)}"
+        if is_multirun
+        else (f"{key}=[{','.join(paths)}]")
+    )
 
 
 def _speaks_of_hydra(line: Line) -> bool:

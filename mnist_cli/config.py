@@ -1,6 +1,6 @@
 """What can be configured: one frozen dataclass for each command and for each option of a group.
 
-`train_config`, `eval_config` and `export_config` turn plain data (a composed configuration, or the
+`train_config` and the like turn plain data (a composed configuration, or the
 JSON of a checkpoint) into one of them, after every type, range and cross-check. Neither Hydra nor
 torch is imported here. What a key means and its default stand in `conf/`; types and ranges here.
 """
@@ -276,6 +276,18 @@ class ExportConfig:
     out: str | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictConfig:
+    checkpoint: str
+    images: tuple[str, ...]
+    preprocess: Literal["auto", "none"]
+    device: str
+    out: str | None
+
+
+Config = TrainConfig | EvalConfig | ExportConfig | PredictConfig
+
+
 # Keys of `train` that don't change the numbers of a run; they may differ when one is resumed.
 FREE_KEYS = (
     "device",
@@ -343,6 +355,20 @@ def export_config(data: object) -> ExportConfig:
         raise UsageError(
             f"quantize={config.quantize} doesn't go with format={config.format}", "type format=onnx"
         )
+    return config
+
+
+def predict_config(data: object) -> PredictConfig:
+    """Parse and check. Raises UsageError."""
+    config = parse(PredictConfig, data)
+    _check_out(config.out)
+    _check_checkpoint(config.checkpoint, "predict")
+    if not all(config.images) or not config.images:
+        raise UsageError(
+            "images= is empty" if not any(config.images) else "images= names a file without a name",
+            "name files, folders or globs: images=a.png,b.png",
+        )
+    _check_device(config.device)
     return config
 
 
@@ -451,7 +477,7 @@ def save_every_s(text: str) -> float:
     return float(match[1])
 
 
-def to_plain(config: TrainConfig | EvalConfig | ExportConfig) -> dict[str, Any]:
+def to_plain(config: Config) -> dict[str, Any]:
     """The configuration as dicts, lists and plain values; `train_config` reads it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
 

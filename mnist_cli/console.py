@@ -117,10 +117,19 @@ class Console:
                 raise _unwritable(error) from error
 
     def error(
-        self, message: str, hint: str, exit_code: int, more: dict[str, Any] | None = None
+        self,
+        message: str,
+        hint: str,
+        exit_code: int,
+        more: dict[str, Any] | None = None,
+        instead: list[Any] | None = None,
     ) -> None:
-        """The two lines of an expected failure; with `--json` also as a document, with `more`."""
-        self.document({"error": message, "hint": hint, "exit_code": exit_code} | (more or {}))
+        """The two lines of an expected failure.
+
+        With `--json` also as a document, with `more`; or that of the command `instead`.
+        """
+        failure = {"error": message, "hint": hint, "exit_code": exit_code} | (more or {})
+        self.document(failure if instead is None else instead)
         sys.stderr.write(f"error: {message}\nhint: {hint}\n")
 
     def _to_log(self, text: str) -> None:

@@ -16,14 +16,21 @@ Every error carries two lines for a person: what is wrong, and a hint of what to
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MnistCliError(Exception):
-    """An expected failure: one `error:` line, one `hint:` line, one exit code, no traceback."""
+    """An expected failure: one `error:` line, one `hint:` line, one exit code, no traceback.
+
+    Args:
+        document: what `--json` prints in place of these, where a command failed in parts only.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str) -> None:
+    def __init__(self, message: str, hint: str, document: list[Any] | None = None) -> None:
         super().__init__(message, hint)
+        self.document = document
         self.message = one_line(message)
         self.hint = one_line(hint)
 

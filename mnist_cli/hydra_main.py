@@ -85,7 +85,7 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
         config = HydraConfig.get()
         words = tuple(config.overrides.task)
 
-        def run_job() -> dict[str, Any]:
+        def run_job() -> Any:
             job = sweep.Job(words, compose.checked(line, composed))
             if isinstance(job.config, TrainConfig):
                 job = sweep.placed(job, Path(config.sweep.dir), [job])

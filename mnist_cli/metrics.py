@@ -36,7 +36,7 @@ def classification(
     logits, labels = logits.detach().cpu().double(), labels.cpu()
     n, num_classes = logits.shape
     predicted = logits.argmax(dim=1)  # (N,) int64
-    probabilities = logits.softmax(dim=1)  # (N, K) float64
+    probabilities = probabilities_of(logits)
     cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     confusion = cells.reshape(num_classes, num_classes)  # rows: truth
     hits, support = confusion.diagonal(), confusion.sum(dim=1)
@@ -62,6 +62,11 @@ def classification(
         ],
         "confusion": confusion.tolist(),
     }
+
+
+def probabilities_of(logits: Tensor) -> Tensor:
+    """The softmax of (N, K) logits, whatever loss they were trained with: (N, K) float64."""
+    return logits.double().softmax(dim=1)
 
 
 def regression(outputs: Tensor, targets: Tensor, loss: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist_cli.config import EvalConfig, ExportConfig, TrainConfig, config_hash
+from mnist_cli.config import Config, TrainConfig, config_hash
 from mnist_cli.console import Console
 from mnist_cli.errors import MnistCliError, SweepError, UsageError, one_line
 from mnist_cli.run import RunFolder, unique_folder
@@ -26,7 +26,7 @@ class Job(NamedTuple):
     """One job: the overrides that make it, and the configuration that came of them."""
 
     words: tuple[str, ...]
-    config: TrainConfig | EvalConfig | ExportConfig
+    config: Config
 
     @property
     def typed(self) -> list[str]:
@@ -34,9 +34,7 @@ class Job(NamedTuple):
         return [word.lstrip("+~").partition("=")[0] for word in self.words]
 
 
-def run(
-    jobs: Sequence[Job], console: Console, command: Callable[[Job, Console], dict[str, Any]]
-) -> int:
+def run(jobs: Sequence[Job], console: Console, command: Callable[[Job, Console], Any]) -> int:
     """Run every job, whatever happens to the others, and return the exit code."""
     folder = folder_of(jobs)
     inner = Console(quiet=console.quiet, as_json=console.as_json, brief=True)
@@ -49,13 +47,19 @@ def run(
     return finish(console, folder, list(zip(labels, documents, strict=True)))
 
 
-def outcome_of(call: Callable[[], dict[str, Any]], console: Console) -> dict[str, Any]:
-    """The document of a job, or one of its failure: a failed job never stops the rest."""
+def outcome_of(call: Callable[[], Any], console: Console) -> dict[str, Any]:
+    """The document of a job, or one of its failure: a failed job never stops the rest.
+
+    A list, as `predict` gives it, comes under the key `answers`.
+    """
     try:
-        return call()
+        document = call()
+        return {"answers": document} if isinstance(document, list) else document
     except MnistCliError as error:
         console.say(f"failed: {error.message}")
-        return {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        answers = {} if error.document is None else {"answers": error.document}
+        failure = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        return failure | answers
     except Exception as error:
         message = f"{type(error).__name__}: {one_line(str(error))}"
         console.say(f"failed: {message}")

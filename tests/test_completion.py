@@ -54,6 +54,8 @@ def offered(line: str) -> list[str]:
         ("mnist-cli train --json --j", []),
         ("mnist-cli train --cfg ", ["job", "hydra", "all"]),
         ("mnist-cli train --cfg job loss=m", ["loss=mse"]),
+        ("mnist-cli predict pre", ["preprocess="]),
+        ("mnist-cli predict preprocess=", ["preprocess=auto", "preprocess=none"]),
         ("mnist-cli list op", ["optim"]),
         ("mnist-cli list optim ", []),
         ("mnist-cli nonsense x", []),
@@ -96,6 +98,12 @@ def test_offers_files_for_keys_that_name_one(
         'checkpoint="runs/my run/b',
     ):
         assert offered(f"mnist-cli eval {quoted}") == ["checkpoint=runs/my run/best.safetensors"]
+    for name in ("a.png", "b.JPG", "c.webp"):
+        (tmp_path / name).touch()
+    assert offered("mnist-cli predict images=") == [
+        *("images=a.png", "images=b.JPG", "images=c.webp", "images=runs/")
+    ]
+    assert offered("mnist-cli predict images=a.png,c") == ["images=a.png,c.webp"]
     assert offered("mnist-cli train out=~/r") == ["out=~/runs/"]
     assert offered("mnist-cli train resume=") == ["resume=runs/", "resume=auto"]
     assert offered("mnist-cli train --config-dir r") == ["runs/"]
@@ -144,9 +152,15 @@ def literals(schema: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
     return {prefix + key: get_args(hint) for key, hint in hints if get_origin(hint) is Literal}
 
 
+def test_pictures_are_offered_by_the_suffixes_that_predict_knows() -> None:
+    from mnist_cli import pictures
+
+    assert completion.PATHS["images"] == pictures.SUFFIXES
+
+
 def test_choices_are_those_of_the_schemas() -> None:
     counted: dict[str, tuple[str, ...]] = {}
-    for schema in (config.TrainConfig, config.EvalConfig, config.ExportConfig):
+    for schema in get_args(config.Config):
         counted |= literals(schema)
     for group in conf.GROUPS:
         for schema in get_args(get_type_hints(config.TrainConfig)[group]):

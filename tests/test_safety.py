@@ -143,13 +143,14 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "completion": {"conf", "line"},
     },
     "commands": {
-        "train": {"loop"}, "loop": set(), "evaluate": {"onnx_file"}, "export": {"onnx_file"},
-        "onnx_file": set(), "predict": {"onnx_file"}, "report": set(), "sweep": set(),
+        "train": {"loop"}, "loop": set(), "evaluate": {"trained"}, "export": {"onnx_file"},
+        "onnx_file": set(), "trained": {"onnx_file"}, "predict": {"trained"},
+        "report": set(), "sweep": set(),
     },
     "records": {"checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}},
     "parts": {
         "dataset": set(), "model": set(), "loss": set(), "optim": set(), "schedule": set(),
-        "metrics": set(), "scoring": {"dataset", "metrics", "loss"},
+        "metrics": set(), "pictures": {"dataset"}, "scoring": {"dataset", "metrics", "loss"},
     },
     "ground": {
         "__init__": set(), "config": {"errors", "typed"}, "errors": set(), "console": {"errors"},
