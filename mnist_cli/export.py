@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mnist_cli import __version__, durable, onnx_file, scoring
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli.checkpoint import Checkpoint
-from mnist_cli.config import ExportConfig, to_plain
+from mnist_cli.config import ExportConfig, plugin_words, to_plain
 from mnist_cli.console import Console
 from mnist_cli.dataset import DatasetSpec, Normalise, Split
 from mnist_cli.errors import ParityError, UsageError
@@ -290,5 +290,6 @@ def _show(document: dict[str, Any], found: Checkpoint, console: Console) -> None
             f" {row['export_ms']:.2f} ms export"
         )
     if document["format"] != "torch_export":
-        checkpoint = shlex.quote(f"checkpoint={document['path']}")
+        words = [f"checkpoint={document['path']}", *plugin_words(found.config.plugin)]
+        checkpoint = shlex.join(words)
         console.say(f"next     mnist-cli eval {checkpoint}")

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_cli import compose, conf, sweep
+from mnist_cli import compose, conf, plugin, sweep
 from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import UsageError
@@ -118,7 +118,8 @@ def _hydra_main(line: Line, overrides: Sequence[str], task: Callable[[DictConfig
         14,
     ):  # hydra#3121: its help text fails argparse's check
         argparse.ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]
-    arguments, sys.argv = sys.argv, ["mnist-cli", *line.hydra, *overrides]
+    search = compose.searched(plugin.folders(line.plugins))
+    arguments, sys.argv = sys.argv, ["mnist-cli", *line.hydra, *search, *overrides]
     try:
         with hydra_errors(line):
             main = hydra.main(
