@@ -7,6 +7,7 @@ They come from file names and a few lines of YAML; neither Hydra nor torch is im
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mnist_cli import conf
+from mnist_cli.errors import UsageError
+from mnist_cli.line import typed_plugins
 
 # The values that a key may have, where they can be counted; a test compares with `config`.
 CHOICES = {
@@ -192,6 +195,11 @@ def _parse(words: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
         elif not word.startswith("-") and word not in FLAG_VALUES.get(before, ()):
             rest.append(word)
         before = word
+    if names := typed_plugins(rest):
+        from mnist_cli import plugin
+
+        with contextlib.suppress(UsageError):  # no such plugin
+            config_dirs += plugin.folders(names)
     return config_dirs, rest[0] if rest else None, rest[1:]
 
 
@@ -236,6 +244,10 @@ def _values(
     if key in chosen or (chosen and key == f"+{conf.EXPERIMENT}"):
         return tuple(conf.options(group, config_dirs))
     defaults = {each.path: each.default for each in _option_keys(command, config_dirs, chosen)}
+    if key == "plugin" and key in defaults:
+        from mnist_cli import plugin
+
+        return tuple(plugin.installed())
     if defaults.get(key) in ("true", "false"):
         return ("true", "false")
     return CHOICES.get(key, ()) if key in defaults else ()

@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_cli import conf
+from mnist_cli import conf, plugin
 from mnist_cli.config import (
     EvalConfig,
     PredictConfig,
@@ -112,10 +112,14 @@ def initialized(line: Line) -> Iterator[None]:
 
 def _compose(line: Line, overrides: Sequence[str]) -> Any:
     """The checked configuration of one job."""
-    search = [quoted(f"file://{Path(folder).absolute()}") for folder in line.config_dirs]
-    if search:
-        overrides = [*overrides, f"hydra.searchpath=[{','.join(search)}]"]
-    return checked(line, hydra.compose(line.command, list(overrides)))
+    overrides = [*overrides, *searched(line.config_dirs)]
+    return checked(line, hydra.compose(line.command, overrides))
+
+
+def searched(folders: Sequence[str]) -> list[str]:
+    """The override that makes Hydra search `folders`, if there are any."""
+    search = [quoted(f"file://{Path(folder).absolute()}") for folder in folders]
+    return [f"hydra.searchpath=[{','.join(search)}]"] if search else []
 
 
 def checked(line: Line, composed: DictConfig) -> Any:
@@ -134,6 +138,9 @@ def checked(line: Line, composed: DictConfig) -> Any:
             )
         if key.endswith(".name") and key.removesuffix(".name") in conf.GROUPS:
             raise no_such_key(line, key)
+    plugin.use(line.plugins)
+    if isinstance(data.get("plugin"), str):
+        data["plugin"] = [data["plugin"]]
     try:
         return PARSERS[line.command or ""](data)
     except UnknownKeyError as error:

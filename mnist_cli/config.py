@@ -3,6 +3,8 @@
 `train_config` and the like turn plain data (a composed configuration, or the
 JSON of a checkpoint) into one of them, after every type, range and cross-check. Neither Hydra nor
 torch is imported here. What a key means and its default stand in `conf/`; types and ranges here.
+
+The last member of each group's union, `Plugin...Config`, is what a plugin's options inherit from.
 """
 
 from __future__ import annotations
@@ -11,11 +13,17 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mnist_cli.errors import UsageError
+from mnist_cli.errors import UsageError, shown
 from mnist_cli.typed import Range, parse
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 MAX_NUMBERS = 10**7  # of a synthetic training set
 
@@ -60,7 +68,18 @@ class CnnDeepConfig:
     name: Literal["cnn_deep"]
 
 
-ModelConfig = LinearModelConfig | MlpConfig | CnnConfig | CnnDropoutConfig | CnnDeepConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginModelConfig:
+    name: str
+
+    def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+        """The model, as `build_model` describes it; UsageError where it can't read such samples."""
+        raise NotImplementedError
+
+
+ModelConfig = (
+    LinearModelConfig | MlpConfig | CnnConfig | CnnDropoutConfig | CnnDeepConfig | PluginModelConfig
+)
 
 
 # --- optim ---------------------------------------------------------------------------------------
@@ -112,7 +131,19 @@ class AdadeltaConfig:
     weight_decay: NonNegative
 
 
-OptimConfig = SgdConfig | AdamConfig | RmspropConfig | AdagradConfig | AdadeltaConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginOptimConfig:
+    name: str
+    lr: Positive
+
+    def build(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer. What it keeps of a parameter has the parameter's shape, or is `step`."""
+        raise NotImplementedError
+
+
+OptimConfig = (
+    SgdConfig | AdamConfig | RmspropConfig | AdagradConfig | AdadeltaConfig | PluginOptimConfig
+)
 
 
 # --- loss ----------------------------------------------------------------------------------------
@@ -129,7 +160,22 @@ class MseConfig:
     name: Literal["mse"]
 
 
-LossConfig = SmoothedLossConfig | MseConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginLossConfig:
+    name: str
+
+    def build(
+        self, task: Literal["classification", "regression"]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of (outputs, targets), as `build_loss` describes it.
+
+        Raises:
+            UsageError: the loss isn't made for this task.
+        """
+        raise NotImplementedError
+
+
+LossConfig = SmoothedLossConfig | MseConfig | PluginLossConfig
 
 
 # --- dataset -------------------------------------------------------------------------------------
@@ -167,7 +213,26 @@ class LinearDatasetConfig:
     val_fraction: Share
 
 
-DatasetConfig = ImageFilesConfig | EmnistConfig | DigitsConfig | LinearDatasetConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginDatasetConfig:
+    name: str
+    val_fraction: Share
+
+    def classes(self) -> tuple[str, ...]:
+        """A name for each class."""
+        raise NotImplementedError
+
+    def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Official training images and labels, then those of the test set.
+
+        Images are (N, C, H, W) uint8, labels (N,) uint8 from 0; each class is in both sets.
+        """
+        raise NotImplementedError
+
+
+DatasetConfig = (
+    ImageFilesConfig | EmnistConfig | DigitsConfig | LinearDatasetConfig | PluginDatasetConfig
+)
 
 
 # --- schedule ------------------------------------------------------------------------------------
@@ -203,7 +268,70 @@ class OnecycleConfig:
     warmup_epochs: NonNegative
 
 
-ScheduleConfig = ConstantConfig | StepConfig | CosineConfig | OnecycleConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginScheduleConfig:
+    name: str
+    warmup_epochs: NonNegative
+
+    def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
+        """The factor on the base learning rate, in 0..1, before the warm-up is multiplied in.
+
+        The arguments are those of `lr_factor`. A pure function: a run that is resumed asks again.
+        """
+        raise NotImplementedError
+
+
+ScheduleConfig = ConstantConfig | StepConfig | CosineConfig | OnecycleConfig | PluginScheduleConfig
+
+
+# --- plugins -------------------------------------------------------------------------------------
+
+PluginConfig = (
+    PluginModelConfig
+    | PluginOptimConfig
+    | PluginLossConfig
+    | PluginDatasetConfig
+    | PluginScheduleConfig
+)
+UNIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "loss": LossConfig,
+    "dataset": DatasetConfig,
+    "schedule": ScheduleConfig,
+}
+
+# Group and class of the options of each plugin that was typed. `plugin.use` alone fills it.
+PLUGINS: dict[str, list[tuple[str, type[PluginConfig]]]] = {}
+
+
+class UntypedPluginError(UsageError):
+    """A configuration needs a plugin whose name was not typed."""
+
+
+def plugin_words(names: Sequence[str]) -> list[str]:
+    """What to type for these plugins: nothing where there are none."""
+    if len(names) == 1:
+        return [f"plugin={names[0]}"]
+    return [f"plugin=[{','.join(names)}]"] if names else []
+
+
+def _with_plugins(data: object) -> dict[str, Any]:
+    """The unions of the groups, with the options of the plugins that `data` names."""
+    named = data.get("plugin") if isinstance(data, dict) else None
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    unions = dict(UNIONS)
+    for name in names:
+        if not re.fullmatch(r"[\w.-]{1,80}", name):
+            raise UsageError(f"plugin={shown(name)} can't be a plugin", "type plugin=NAME")
+        if name not in PLUGINS:
+            raise UntypedPluginError(
+                f"the configuration needs the plugin '{name}', and nothing is imported unasked",
+                f"if you trust that package, type {shlex.join(plugin_words(names))}",
+            )
+        for group, option in PLUGINS[name]:
+            unions[group] |= option
+    return unions
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -235,6 +363,7 @@ class TrainConfig:
     resume: str | None
     resume_allow: tuple[str, ...]
     profile: bool
+    plugin: tuple[str, ...]
     out: str | None
 
     @property
@@ -259,6 +388,7 @@ class EvalConfig:
     split: Literal["test", "val", "train"]
     device: str
     dataset: RootConfig
+    plugin: tuple[str, ...]
     out: str | None
 
 
@@ -273,6 +403,7 @@ class ExportConfig:
     benchmark: bool
     overwrite: bool
     dataset: RootConfig
+    plugin: tuple[str, ...]
     out: str | None
 
 
@@ -282,6 +413,7 @@ class PredictConfig:
     images: tuple[str, ...]
     preprocess: Literal["auto", "none"]
     device: str
+    plugin: tuple[str, ...]
     out: str | None
 
 
@@ -297,13 +429,14 @@ FREE_KEYS = (
     "resume",
     "resume_allow",
     "profile",
+    "plugin",
     "out",
 )
 
 
 def train_config(data: object) -> TrainConfig:
     """Parse and cross-check. Raises UsageError, naming both sides of what doesn't fit."""
-    config = parse(TrainConfig, data)
+    config = parse(TrainConfig, data, _with_plugins(data))
     _check_out(config.out)
     _check_device(config.device)
     if isinstance(config.model, MlpConfig) and len(config.model.hidden) > 64:
@@ -408,7 +541,7 @@ def _check_size(dataset: LinearDatasetConfig) -> None:
 def _check_task(config: TrainConfig) -> None:
     dataset, model, loss = config.dataset.name, config.model.name, config.loss.name
     if config.task == "regression":
-        if loss != "mse":
+        if loss != "mse" and not isinstance(config.loss, PluginLossConfig):
             raise UsageError(
                 f"loss={loss} compares classes, but dataset={dataset} holds numbers",
                 "type loss=mse",

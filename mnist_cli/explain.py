@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ def hydra_errors(line: Line) -> Iterator[None]:
     except MnistCliError:
         raise
     except Exception as error:  # plain ones too, where a group is given something that is no name
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            raise
         raise _explained(line, error) from error
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")

@@ -8,7 +8,6 @@ import io
 import math
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_cli import compose, conf, sweep
+from mnist_cli import compose, conf, durable, plugin, sweep
 from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import UsageError
@@ -96,9 +95,9 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
         value = (document.get("best") or {}).get("value")
         return math.nan if value is None else float(value)
 
-    with tempfile.TemporaryDirectory() as nowhere:
+    with durable.temporary_folder() as nowhere:
         if folder is None:  # eval and export write nothing of their own
-            own.append(f"hydra.sweep.dir={quoted(nowhere)}")
+            own.append(f"hydra.sweep.dir={quoted(str(nowhere))}")
         _hydra_main(line, own, task)
     return sweep.finish(console, folder, here or (sweep.results_in(folder) if folder else []))
 
@@ -118,7 +117,8 @@ def _hydra_main(line: Line, overrides: Sequence[str], task: Callable[[DictConfig
         14,
     ):  # hydra#3121: its help text fails argparse's check
         argparse.ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]
-    arguments, sys.argv = sys.argv, ["mnist-cli", *line.hydra, *overrides]
+    search = compose.searched(plugin.folders(line.plugins))
+    arguments, sys.argv = sys.argv, ["mnist-cli", *line.hydra, *search, *overrides]
     try:
         with hydra_errors(line):
             main = hydra.main(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import dataset, optim, runtime, schedule, scoring
 from mnist_cli.checkpoint import Best, Checkpoint, Progress
-from mnist_cli.config import TrainConfig, save_every_s
+from mnist_cli.config import TrainConfig, plugin_words, save_every_s
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, Normalise
 from mnist_cli.errors import DivergedError, Interrupted
@@ -284,10 +284,11 @@ def _record(folder: RunFolder, row: dict[str, Any], console: Console) -> None:
 def stop_if_asked(signals: runtime.SignalWatch, job: Job, folder: RunFolder) -> None:
     """Raise Interrupted if a signal came. Call it when everything is saved."""
     if signals.received is not None:
+        words = [f"resume={folder.path}", *plugin_words(job.config.plugin)]
         raise Interrupted(
             signals.received,
             f"interrupted at step {job.progress.step}; everything is saved in {folder.path}",
-            f"type mnist-cli train {shlex.quote(f'resume={folder.path}')}",
+            f"type mnist-cli train {shlex.join(words)}",
         )
 
 

@@ -19,15 +19,20 @@ from mnist_cli.config import (
     AdagradConfig,
     AdamConfig,
     OptimConfig,
+    PluginOptimConfig,
     RmspropConfig,
     SgdConfig,
 )
+from mnist_cli.errors import UsageError
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Make the optimizer of all parameters of `model`, which must be on their device already.
 
     Sources: the papers named in conf/optim; the formulas as in torch's documentation.
+
+    Raises:
+        UsageError: a plugin's optimizer keeps what a checkpoint can't hold.
     """
     params = list(model.parameters())
     match config:
@@ -79,6 +84,14 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
                 eps=config.eps,
                 weight_decay=config.weight_decay,
             )
+        case PluginOptimConfig():
+            for name, shape in _state_after_a_step(config).items():
+                if shape != (() if name == "step" else _TRIAL_SHAPE):
+                    raise UsageError(
+                        f"optim={config.name} keeps '{name}' in another shape than its parameter's",
+                        "take another optimizer: a checkpoint can't hold this one's state",
+                    )
+            return config.build(params)
 
 
 @functools.cache
@@ -113,8 +126,23 @@ def state_names(config: OptimConfig) -> tuple[str, ...]:
 
     Fused optimizers walk through memory: state of another name or shape must never reach them.
     """
+    if isinstance(config, PluginOptimConfig):
+        return tuple(_state_after_a_step(config))
     momentum = getattr(config, "momentum", 0)
     return _STATE[config.name] + (("momentum_buffer",) if momentum else ())
+
+
+_TRIAL_SHAPE = (2, 3)
+
+
+def _state_after_a_step(config: PluginOptimConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a plugin's optimizer keeps of a parameter of `_TRIAL_SHAPE`."""
+    weight = nn.Parameter(torch.zeros(_TRIAL_SHAPE))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = config.build([weight])
+    optimizer.step()
+    state = optimizer.state[weight].items()
+    return {name: tuple(torch.as_tensor(kept).shape) for name, kept in state if kept is not None}
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -52,7 +52,19 @@ def folder_of(config: TrainConfig) -> Path | None:
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:
-    return [path for path in (RunFolder(folder).last, RunFolder(folder).best) if path.exists()]
+    """The checkpoints of a run, `last` first. Raises CheckpointError: nobody may look."""
+    found = []
+    for path in (RunFolder(folder).last, RunFolder(folder).best):
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise CheckpointError(
+                f"can't open {folder}: {error.strerror}", "make it readable, or name another folder"
+            ) from error
+        found.append(path)
+    return found
 
 
 def load(
@@ -83,7 +95,9 @@ def load(
         if reasons:
             console.warn(f"going on from {path}, at step {found.progress.step}")
         return merge(found.config, given, typed, folder.path), found
-    raise CheckpointError("; ".join(reasons), "no checkpoint of the run is whole: start it anew")
+    raise CheckpointError(
+        "; ".join(reasons), "no checkpoint of the run can be used: mend that, or start it anew"
+    )
 
 
 def is_complete(result: dict[str, Any], config: TrainConfig) -> bool:

@@ -128,9 +128,9 @@ def create(out: str | None, parent: str) -> Iterator[RunFolder]:
         ResourceError: the folder can't be made.
     """
     folder = Path(os.path.expanduser(out)) if out is not None else unique_folder(Path(parent))
-    if folder.is_file():
-        raise UsageError(f"out={folder} is a file", "name a folder: out=DIR")
     with durable.writing(folder):
+        if folder.is_file():
+            raise UsageError(f"out={folder} is a file", "name a folder: out=DIR")
         folder.mkdir(parents=True, exist_ok=True)
     with durable.locked(folder):
         durable.remove_stale_temporaries(folder)

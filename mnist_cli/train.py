@@ -21,7 +21,7 @@ from mnist_cli import __version__, dataset, optim, resume, runtime, scoring
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
-from mnist_cli.config import LinearModelConfig, TrainConfig, config_hash
+from mnist_cli.config import LinearModelConfig, TrainConfig, config_hash, plugin_words
 from mnist_cli.console import Console
 from mnist_cli.dataset import Normalise
 from mnist_cli.errors import (
@@ -160,7 +160,7 @@ def _finish(job: Job, folder: RunFolder, console: Console, started_s: float) -> 
             if failure is error:
                 raise
             raise failure from error
-    _show(result, reason, folder, console)
+    _show(result, reason, job.config, folder, console)
     return result
 
 
@@ -261,7 +261,13 @@ def banner(job: Job, folder: RunFolder, console: Console) -> None:
     console.detail(f"run      {folder.path}")
 
 
-def _show(result: dict[str, Any], reason: str, folder: RunFolder, console: Console) -> None:
+def _show(
+    result: dict[str, Any],
+    reason: str,
+    config: TrainConfig,
+    folder: RunFolder,
+    console: Console,
+) -> None:
     best, splits = result["best"], [name for name in ("val", "test") if result[name]]
     console.detail(f"stopped  {reason}")
     chosen = f"the best {best['monitor']}" if best["monitor"] else "the last one"
@@ -278,6 +284,6 @@ def _show(result: dict[str, Any], reason: str, folder: RunFolder, console: Conso
     if "accuracy" in result["test"]:
         low, high = result["test"]["accuracy_ci95"]
         console.detail(f"test accuracy lies between {low:.2%} and {high:.2%} (95%)")
-    checkpoint = shlex.quote(f"checkpoint={folder.path}")
+    checkpoint = shlex.join([f"checkpoint={folder.path}", *plugin_words(config.plugin)])
     console.detail(f"next     mnist-cli eval {checkpoint}")
     console.detail(f"         mnist-cli export {checkpoint} format=onnx")

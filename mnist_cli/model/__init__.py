@@ -15,6 +15,7 @@ from mnist_cli.config import (
     LinearModelConfig,
     MlpConfig,
     ModelConfig,
+    PluginModelConfig,
 )
 from mnist_cli.model.cnn import Cnn, CnnDeep, CnnDropout
 from mnist_cli.model.linear import Linear
@@ -44,6 +45,8 @@ def build_model(config: ModelConfig, input_shape: tuple[int, ...], num_outputs: 
             return CnnDropout(config.conv_dropout, config.dense_dropout, input_shape, num_outputs)
         case CnnDeepConfig():
             return CnnDeep(input_shape, num_outputs)
+        case PluginModelConfig():
+            return config.build(input_shape, num_outputs)
 
 
 def num_params(model: nn.Module) -> int:
