@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,17 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_cli import conf
-from mnist_cli.config import EvalConfig, TrainConfig, eval_config, export_config, train_config
+from mnist_cli.config import (
+    EvalConfig,
+    ReportConfig,
+    TrainConfig,
+    eval_config,
+    export_config,
+    report_config,
+    train_config,
+)
 from mnist_cli.console import Console
-from mnist_cli.errors import UsageError, shown
+from mnist_cli.errors import Interrupted, UsageError, one_line, shown
 from mnist_cli.explain import hydra_errors, no_such_key
 from mnist_cli.line import Line
 from mnist_cli.run import quoted
@@ -30,11 +40,13 @@ from mnist_cli.sweep import Job
 from mnist_cli.typed import UnknownKeyError
 
 IS_13 = hydra.__version__.startswith("1.3")
-PATH_KEYS = ("checkpoint", "out", "resume", "dataset.root", "dataset.mirror")
+PATH_KEYS = ("checkpoint", "out", "resume", "run", "dataset.root", "dataset.mirror")
+LIST_KEYS = ("run",)  # of PATH_KEYS: their commas part the paths of one job
 PARSERS: dict[str, Callable[[object], Any]] = {
     "train": train_config,
     "eval": eval_config,
     "export": export_config,
+    "report": report_config,
 }
 
 
@@ -60,10 +72,43 @@ def run(line: Line, console: Console, started_s: float) -> int:
     if line.is_multirun:
         from mnist_cli import sweep
 
-        return sweep.run(jobs, console, lambda job, inner: command(job.config, job.typed, inner))
+        return sweep.run(jobs, console, run_job)
     typed = [override.key_or_group for override in parsed]
-    console.document(command(config, typed, console, started_s))
+    document = command(config, typed, console, started_s)
+    console.document(document)
+    draw_report(config, document, console)
     return 0
+
+
+def run_job(job: Job, console: Console) -> dict[str, Any]:
+    """Run a job of a sweep. Its report is drawn only where that was typed: it takes a second."""
+    document = command(job.config, job.typed, console)
+    if "report" in job.typed:
+        draw_report(job.config, document, console)
+    return document
+
+
+def draw_report(config: Any, document: dict[str, Any], console: Console) -> None:
+    """Draw what a training left. Its result stands already, so no failure here is one of the run.
+
+    Raises:
+        Interrupted: by a signal.
+    """
+    if not isinstance(config, TrainConfig) or not config.report:
+        return
+    folder = document["run_dir"]
+    again = f"type mnist-cli report {shlex.quote(f'run={folder}')}"
+    try:
+        from mnist_cli import report
+
+        report.draw(Path(folder), console)
+    except (Interrupted, KeyboardInterrupt) as error:
+        number = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
+        raise Interrupted(
+            number, f"the run is complete, its report isn't: {folder}", again
+        ) from None
+    except Exception as error:
+        console.warn(f"no report was drawn: {one_line(str(error))}; {again}")
 
 
 def command(
@@ -78,6 +123,10 @@ def command(
         from mnist_cli import evaluate
 
         return evaluate.run(config, console)
+    if isinstance(config, ReportConfig):
+        from mnist_cli import report
+
+        return report.run(config, console)
     from mnist_cli import export
 
     return export.run(config, console)
@@ -164,6 +213,8 @@ def _with_quoted_path(word: str, is_multirun: bool) -> str:
     plain = not value or value == "null" or value[0] in "'\"" or value.startswith("${")
     if not equals or key.lstrip("+") not in PATH_KEYS or plain:
         return word
+    if key in LIST_KEYS and not is_multirun:
+        return f"{key}=[{','.join(quoted(part) for part in value.split(','))}]"
     parts = value.split(",") if is_multirun else [value]
     return f"{key}={','.join(quoted(part) for part in parts)}"
 

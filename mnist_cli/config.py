@@ -1,7 +1,7 @@
 """What can be configured: one frozen dataclass for each command and for each option of a group.
 
-`train_config`, `eval_config` and `export_config` turn plain data (a composed configuration, or the
-JSON of a checkpoint) into one of them, after every type, range and cross-check. Neither Hydra nor
+`train_config` and its siblings turn plain data (a composed configuration, or the JSON of a
+checkpoint) into one of them, after every type, range and cross-check. Neither Hydra nor
 torch is imported here. What a key means and its default stand in `conf/`; types and ranges here.
 """
 
@@ -232,6 +232,8 @@ class TrainConfig:
     resume: str | None
     resume_allow: tuple[str, ...]
     profile: bool
+    report: bool
+    predictions: bool
     out: str | None
 
     @property
@@ -273,6 +275,13 @@ class ExportConfig:
     out: str | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    run: tuple[str, ...]
+    dataset: RootConfig
+    out: str | None
+
+
 # Keys of `train` that don't change the numbers of a run; they may differ when one is resumed.
 FREE_KEYS = (
     "device",
@@ -282,6 +291,8 @@ FREE_KEYS = (
     "resume",
     "resume_allow",
     "profile",
+    "report",
+    "predictions",
     "out",
 )
 
@@ -339,6 +350,21 @@ def export_config(data: object) -> ExportConfig:
     if config.quantize != "none" and config.format != "onnx":
         raise UsageError(
             f"quantize={config.quantize} doesn't go with format={config.format}", "type format=onnx"
+        )
+    return config
+
+
+def report_config(data: object) -> ReportConfig:
+    """Parse and check. Raises UsageError."""
+    if isinstance(data, dict) and isinstance(data.get("run"), str):
+        data = data | {"run": [data["run"]]}
+    config = parse(ReportConfig, data)
+    _check_out(config.out)
+    if not config.run or not all(config.run):
+        raise UsageError("run= is empty", "name a run folder: mnist-cli report run=RUN")
+    if len(config.run) > 2:
+        raise UsageError(
+            f"run= names {len(config.run)} runs", "name one, or two to compare: run=A,B"
         )
     return config
 
@@ -448,7 +474,7 @@ def save_every_s(text: str) -> float:
     return float(match[1])
 
 
-def to_plain(config: TrainConfig | EvalConfig | ExportConfig) -> dict[str, Any]:
+def to_plain(config: TrainConfig | EvalConfig | ExportConfig | ReportConfig) -> dict[str, Any]:
     """The configuration as dicts, lists and plain values; `train_config` reads it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
 

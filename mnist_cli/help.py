@@ -36,6 +36,11 @@ EXAMPLES = {
         "mnist-cli export checkpoint=outputs/train/RUN format=onnx quantize=int8 out=deploy",
         "mnist-cli export checkpoint=outputs/train/RUN format=torch_export overwrite=true",
     ),
+    "report": (
+        "mnist-cli report run=outputs/train/RUN",
+        "mnist-cli report run=runs/cnn,runs/mlp out=compared",
+        "mnist-cli report run=runs/cnn dataset.root=data --json",
+    ),
     "list": ("mnist-cli list", "mnist-cli list optim", "mnist-cli list --json"),
 }
 

@@ -16,6 +16,7 @@ from mnist_cli.config import (
     LossConfig,
     ModelConfig,
     OptimConfig,
+    ReportConfig,
     ScheduleConfig,
     TrainConfig,
     flatten,
@@ -30,7 +31,12 @@ SCHEMAS = {
     "dataset": DatasetConfig,
     "schedule": ScheduleConfig,
 }
-COMMANDS = {"train": TrainConfig, "eval": EvalConfig, "export": ExportConfig}
+COMMANDS = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "export": ExportConfig,
+    "report": ReportConfig,
+}
 
 
 def file_id(path: Path) -> str:
