@@ -28,6 +28,7 @@ from mnist_cli.errors import UsageError
 
 SCHEMA = 1
 MAX_METRICS_BYTES = 16 * 2**20  # more than a hundred thousand epochs
+LARGEST_METRIC = 1e100  # float32 ends long before
 _WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z][a-z0-9_]*")
 
 
@@ -103,7 +104,7 @@ class RunFolder:
                 raise
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """The rows of metrics.csv, oldest first; what is no finite number is left out of its row.
+        """The rows of metrics.csv, oldest first; what is no number is left out of its row.
 
         The file may come from anybody: no more than its first 16 MiB are read.
         """
@@ -159,7 +160,7 @@ def _number(text: object) -> float | None:
         number = float(text) if isinstance(text, str) else math.nan
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST_METRIC else None  # NaN is not
 
 
 def _is_until(epoch: int, row: str) -> bool:

@@ -77,7 +77,7 @@ def program(
 
 # The line; what its error names; what its hint names.
 MALFORMED = [
-    ("nonsense", "'nonsense'; commands are: train, eval, export, list", "--help"),
+    ("nonsense", "'nonsense'; commands are: train, eval, export, report, list", "--help"),
     ("trian", "'trian'", "did you mean train?"),
     ("model=cnn", "'model=cnn' stands where the command should", "mnist-cli train model=cnn"),
     ("-m", "-m needs a command", "mnist-cli train -m"),
@@ -185,6 +185,10 @@ MALFORMED = [
     ("eval", "checkpoint= is required", "checkpoint=RUN"),
     ("eval checkpoint=", "checkpoint= is empty", "checkpoint=RUN"),
     ("export", "checkpoint= is required", "checkpoint=RUN"),
+    ("report", "run= is required", "run=RUN"),
+    ("report run=", "run= is empty", "run=RUN"),
+    ("report run=a,", "run= is empty", "run=RUN"),
+    ("report run=a,b,c", "run= names 3 runs", "run=A,B"),
     ("eval runs/x", "'runs/x'", "checkpoint=runs/x"),
     ("train eval checkpoint=x", "'eval'", "key=value"),
     ("train foo", "'foo'", "key=value"),
@@ -488,6 +492,21 @@ def test_the_defaults_are_those_of_the_contract(mnist_cli: Program) -> None:
 def test_a_path_needs_no_quotes_of_hydra(mnist_cli: Program, path: str) -> None:
     assert composed(mnist_cli, "eval", f"checkpoint={path}").checkpoint == path  # type: ignore[union-attr]
     assert composed(mnist_cli, "train", f"out={path}").out == path
+
+
+@pytest.mark.usefixtures("no_run")
+@pytest.mark.parametrize(
+    ("value", "runs"),
+    [
+        ("runs/lr=0.1", ("runs/lr=0.1",)),
+        ("a b,it's/[x]", ("a b", "it's/[x]")),
+        ("'a,b'", ("a,b",)),
+    ],
+)
+def test_commas_part_the_runs_of_a_report(
+    mnist_cli: Program, value: str, runs: tuple[str, ...]
+) -> None:
+    assert composed(mnist_cli, "report", f"run={value}").run == runs  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("no_run")

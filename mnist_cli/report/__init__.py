@@ -19,7 +19,7 @@ from mnist_cli import durable
 from mnist_cli.config import ReportConfig
 from mnist_cli.console import Console
 from mnist_cli.report import compare, record, run_page
-from mnist_cli.run import unique_folder
+from mnist_cli.run import RunFolder, unique_folder
 
 COMPARISONS = "outputs/report"
 
@@ -60,6 +60,8 @@ def run(config: ReportConfig, console: Console) -> dict[str, Any]:
 
 def draw(folder: Path, console: Console) -> None:
     """The page of a run that has just ended, into its folder. Raises what `run` raises."""
-    html = run_page.render(record.load(str(folder), None, console))
-    durable.write(folder / "report.html", html.encode())
-    console.detail(f"report   {folder / 'report.html'}")
+    run_folder = RunFolder(folder)
+    with run_folder.log(console):
+        html = run_page.render(record.load(str(folder), None, console))
+        durable.write(run_folder.report, html.encode())
+        console.detail(f"report   {run_folder.report}")

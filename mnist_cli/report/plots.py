@@ -127,7 +127,7 @@ def rates(x: Sequence[float], y: Sequence[float], label: str) -> Markup:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))
-    axes.set_ylim(0, 1.15 * max(line.y))
+    axes.set_ylim(min(0, *line.y), 1.15 * max(*line.y, 1e-12))
     _name_x(axes, "epoch")
     return _svg(figure, label)
 
