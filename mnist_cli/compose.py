@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,16 @@ from mnist_cli import conf, plugin
 from mnist_cli.config import (
     EvalConfig,
     PredictConfig,
+    ReportConfig,
     TrainConfig,
     eval_config,
     export_config,
     predict_config,
+    report_config,
     train_config,
 )
 from mnist_cli.console import Console
-from mnist_cli.errors import UsageError, shown
+from mnist_cli.errors import Interrupted, UsageError, one_line, shown
 from mnist_cli.explain import hydra_errors, no_such_key
 from mnist_cli.line import Line
 from mnist_cli.run import quoted
@@ -38,13 +42,14 @@ from mnist_cli.sweep import Job
 from mnist_cli.typed import UnknownKeyError
 
 IS_13 = hydra.__version__.startswith("1.3")
-PATHS_KEYS = ("images",)  # of several paths
+PATHS_KEYS = ("images", "run")  # of several paths
 PATH_KEYS = (*PATHS_KEYS, "checkpoint", "out", "resume", "dataset.root", "dataset.mirror")
 PARSERS: dict[str, Callable[[object], Any]] = {
     "train": train_config,
     "eval": eval_config,
     "export": export_config,
     "predict": predict_config,
+    "report": report_config,
 }
 
 
@@ -70,10 +75,43 @@ def run(line: Line, console: Console, started_s: float) -> int:
     if line.is_multirun:
         from mnist_cli import sweep
 
-        return sweep.run(jobs, console, lambda job, inner: command(job.config, job.typed, inner))
+        return sweep.run(jobs, console, run_job)
     typed = [override.key_or_group for override in parsed]
-    console.document(command(config, typed, console, started_s))
+    document = command(config, typed, console, started_s)
+    console.document(document)
+    draw_report(config, document, console)
     return 0
+
+
+def run_job(job: Job, console: Console) -> Any:
+    """Run a job of a sweep. Its report is drawn only where that was typed: it takes a second."""
+    document = command(job.config, job.typed, console)
+    if "report" in job.typed:
+        draw_report(job.config, document, console)
+    return document
+
+
+def draw_report(config: Any, document: dict[str, Any], console: Console) -> None:
+    """Draw what a training left. Its result stands already, so no failure here is one of the run.
+
+    Raises:
+        Interrupted: by a signal.
+    """
+    if not isinstance(config, TrainConfig) or not config.report:
+        return
+    folder = document["run_dir"]
+    again = f"type mnist-cli report {shlex.quote(f'run={folder}')}"
+    try:
+        from mnist_cli import report
+
+        report.draw(Path(folder), console)
+    except (Interrupted, KeyboardInterrupt) as error:
+        number = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
+        raise Interrupted(
+            number, f"the run is complete, its report isn't: {folder}", again
+        ) from None
+    except Exception as error:
+        console.warn(f"no report was drawn: {one_line(str(error))}; {again}")
 
 
 def command(
@@ -95,6 +133,10 @@ def command(
         from mnist_cli import predict
 
         return predict.run(config, console)
+    if isinstance(config, ReportConfig):
+        from mnist_cli import report
+
+        return report.run(config, console)
     from mnist_cli import export
 
     return export.run(config, console)

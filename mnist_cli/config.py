@@ -1,7 +1,7 @@
 """What can be configured: one frozen dataclass for each command and for each option of a group.
 
-`train_config` and the like turn plain data (a composed configuration, or the
-JSON of a checkpoint) into one of them, after every type, range and cross-check. Neither Hydra nor
+`train_config` and its siblings turn plain data (a composed configuration, or the JSON of a
+checkpoint) into one of them, after every type, range and cross-check. Neither Hydra nor
 torch is imported here. What a key means and its default stand in `conf/`; types and ranges here.
 
 The last member of each group's union, `Plugin...Config`, is what a plugin's options inherit from.
@@ -364,6 +364,8 @@ class TrainConfig:
     resume_allow: tuple[str, ...]
     profile: bool
     plugin: tuple[str, ...]
+    report: bool
+    predictions: bool
     out: str | None
 
     @property
@@ -417,7 +419,15 @@ class PredictConfig:
     out: str | None
 
 
-Config = TrainConfig | EvalConfig | ExportConfig | PredictConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    run: tuple[str, ...]
+    dataset: RootConfig
+    plugin: tuple[str, ...]
+    out: str | None
+
+
+Config = TrainConfig | EvalConfig | ExportConfig | PredictConfig | ReportConfig
 
 
 # Keys of `train` that don't change the numbers of a run; they may differ when one is resumed.
@@ -430,6 +440,8 @@ FREE_KEYS = (
     "resume_allow",
     "profile",
     "plugin",
+    "report",
+    "predictions",
     "out",
 )
 
@@ -502,6 +514,21 @@ def predict_config(data: object) -> PredictConfig:
             "name files, folders or globs: images=a.png,b.png",
         )
     _check_device(config.device)
+    return config
+
+
+def report_config(data: object) -> ReportConfig:
+    """Parse and check. Raises UsageError."""
+    if isinstance(data, dict) and isinstance(data.get("run"), str):
+        data = data | {"run": [data["run"]]}
+    config = parse(ReportConfig, data)
+    _check_out(config.out)
+    if not config.run or not all(config.run):
+        raise UsageError("run= is empty", "name a run folder: mnist-cli report run=RUN")
+    if len(config.run) > 2:
+        raise UsageError(
+            f"run= names {len(config.run)} runs", "name one, or two to compare: run=A,B"
+        )
     return config
 
 

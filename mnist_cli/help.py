@@ -41,6 +41,11 @@ EXAMPLES = {
         "mnist-cli predict checkpoint=model.onnx images='scans/*.jpg' out=labels",
         "mnist-cli predict checkpoint=outputs/train/RUN images=- --json < three.png",
     ),
+    "report": (
+        "mnist-cli report run=outputs/train/RUN",
+        "mnist-cli report run=runs/cnn,runs/mlp out=compared",
+        "mnist-cli report run=runs/cnn dataset.root=data --json",
+    ),
     "list": ("mnist-cli list", "mnist-cli list optim", "mnist-cli list --json"),
 }
 

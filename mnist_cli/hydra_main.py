@@ -37,20 +37,22 @@ def run(line: Line, overrides: Sequence[str], console: Console) -> int:
         return _show(line, overrides, console)
     if line.is_multirun:
         return _run_sweep(line, overrides, console)
-    outcome: list[Any] = []
+    outcome: list[tuple[Any, Any]] = []
 
     def task(composed: DictConfig) -> None:
         # Kept, not raised: Hydra would add lines of its own.
         try:
-            outcome.append(compose.command(compose.checked(line, composed), _typed(), console))
+            config = compose.checked(line, composed)
+            outcome.append((config, compose.command(config, _typed(), console)))
         except Exception as error:
-            outcome.append(error)
+            outcome.append((None, error))
 
     _hydra_main(line, overrides, task)
-    for document in outcome:
+    for config, document in outcome:
         if isinstance(document, Exception):
             raise document
         console.document(document)
+        compose.draw_report(config, document, console)
     return 0
 
 
@@ -88,7 +90,7 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
             job = sweep.Job(words, compose.checked(line, composed))
             if isinstance(job.config, TrainConfig):
                 job = sweep.placed(job, Path(config.sweep.dir), [job])
-            return compose.command(job.config, job.typed, console)
+            return compose.run_job(job, console)
 
         document = sweep.outcome_of(run_job, console)
         here.append((" ".join(words) or "-", document))

@@ -1,6 +1,7 @@
 """The folder of a run: its name, its lock, and the files in it that are not checkpoints.
 
-config.yaml  overrides.txt  metrics.csv  result.json  train.log     (and best/last.safetensors)
+config.yaml  overrides.txt  metrics.csv  errors.csv  predictions.csv  result.json  train.log
+(and best/last.safetensors, and report.html)
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import csv
 import datetime
 import io
 import json
+import math
 import os
 import re
 import secrets
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from mnist_cli.console import Console
 from mnist_cli.errors import UsageError
 
 SCHEMA = 1
+MAX_METRICS_BYTES = 16 * 2**20  # more than a hundred thousand epochs
+LARGEST_METRIC = 1e100  # float32 ends long before
 _WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z][a-z0-9_]*")
 
 
@@ -49,6 +53,18 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.csv"
+
+    @property
+    def errors(self) -> Path:
+        return self.path / "errors.csv"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.csv"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     def write_config(self, config: TrainConfig) -> None:
         """config.yaml (the whole resolved configuration) and overrides.txt (the command)."""
@@ -87,6 +103,23 @@ class RunFolder:
                     file.truncate(size)  # a part of a row would spoil the next one
                 raise
 
+    def read_metrics(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv, oldest first; what is no number is left out of its row.
+
+        The file may come from anybody: no more than its first 16 MiB are read.
+        """
+        try:
+            with open(self.metrics, "rb") as file:
+                text = file.read(MAX_METRICS_BYTES).decode(errors="replace")
+            rows = list(csv.DictReader(io.StringIO(text)))
+        except (OSError, csv.Error):
+            return []
+        numbers = [
+            {key: _number(value) for key, value in row.items() if isinstance(key, str)}
+            for row in rows
+        ]
+        return [{key: x for key, x in row.items() if x is not None} for row in numbers]
+
     def keep_metrics_until(self, epoch: int) -> None:
         """Drop the rows after `epoch`, and a row cut off by a crash: they will be written again."""
         if not self.metrics.is_file():
@@ -111,6 +144,23 @@ class RunFolder:
         finally:
             with contextlib.suppress(OSError):  # the console has said so
                 file.close()
+
+
+def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file, durably and all at once."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    durable.write(path, text.getvalue().encode())
+
+
+def _number(text: object) -> float | None:
+    try:
+        number = float(text) if isinstance(text, str) else math.nan
+    except ValueError:
+        return None
+    return number if abs(number) <= LARGEST_METRIC else None  # NaN is not
 
 
 def _is_until(epoch: int, row: str) -> bool:

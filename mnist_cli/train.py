@@ -146,11 +146,15 @@ def _finish(job: Job, folder: RunFolder, console: Console, started_s: float) -> 
             banner(job, folder, console)
             reason = fit(job, folder, console, signals)
             model = checkpoints.load(folder.best).build_model(job.device)
-            measured: dict[str, dict[str, Any] | None] = {}
-            for name, split in (("val", job.data.val), ("test", job.data.test)):
-                with timed(job.times, "eval_s"):
-                    measured[name] = _measure(job, model, split) if len(split) else None
-                stop_if_asked(signals, job, folder)
+            measured: dict[str, dict[str, Any] | None] = {"val": None}
+            with timed(job.times, "eval_s"):
+                if len(job.data.val):
+                    measured["val"], _ = _measure(job, model, job.data.val)
+            stop_if_asked(signals, job, folder)
+            with timed(job.times, "eval_s"):
+                measured["test"], outputs = _measure(job, model, job.data.test)
+            stop_if_asked(signals, job, folder)
+            _write_answers(job, folder, outputs)
             result = _result(job, folder, "completed", started_s) | measured
             result["model"] |= _learned_line(job, model)
             folder.write_result(result)
@@ -191,13 +195,33 @@ def _record_failure(
         folder.write_result(_result(job, folder, status, started_s) | {"error": message})
 
 
-def _measure(job: Job, model: nn.Module, split: dataset.Split) -> dict[str, Any]:
+def _measure(
+    job: Job, model: nn.Module, split: dataset.Split
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """All metrics of `split`, and the (N, K) float32 outputs that they are of."""
     outputs = scoring.answers(model, job.data.spec, split)
     measured = scoring.measure(outputs, split, job.data.spec, job.loss)
     if not math.isfinite(measured["loss"]):
         step = job.progress.step - 1
         raise diverged(job, "loss of the selected weights", measured["loss"], step)
-    return measured
+    return measured, outputs
+
+
+def _write_answers(job: Job, folder: RunFolder, outputs: torch.Tensor) -> None:
+    """errors.csv of a classification, and with predictions=true predictions.csv, of the test."""
+    test, spec = job.data.test, job.data.spec
+    if spec.task == "regression":
+        if job.config.predictions:
+            pairs = zip(test.targets.flatten().tolist(), outputs.flatten().tolist(), strict=True)
+            numbers = ((index, *pair) for index, pair in enumerate(pairs))
+            runs.write_table(folder.predictions, scoring.ANSWER_COLUMNS[:3], numbers)
+        return
+    rows = scoring.named_answers(outputs, test, spec)
+    wrong = (row for row in rows if row[1] != row[2])
+    runs.write_table(folder.errors, scoring.ANSWER_COLUMNS, wrong)
+    if job.config.predictions:
+        judged = ((*row, str(row[1] == row[2]).lower()) for row in rows)
+        runs.write_table(folder.predictions, (*scoring.ANSWER_COLUMNS, "correct"), judged)
 
 
 def _result(job: Job, folder: RunFolder, status: str, started_s: float) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def program(
 
 # The line; what its error names; what its hint names.
 MALFORMED = [
-    ("nonsense", "'nonsense'; commands are: train, eval, export, predict, list", "--help"),
+    ("nonsense", "'nonsense'; commands are: train, eval, export, predict, report, list", "--help"),
     ("trian", "'trian'", "did you mean train?"),
     ("model=cnn", "'model=cnn' stands where the command should", "mnist-cli train model=cnn"),
     ("-m", "-m needs a command", "mnist-cli train -m"),
@@ -184,6 +184,10 @@ MALFORMED = [
     ("eval", "checkpoint= is required", "checkpoint=RUN"),
     ("eval checkpoint=", "checkpoint= is empty", "checkpoint=RUN"),
     ("export", "checkpoint= is required", "checkpoint=RUN"),
+    ("report", "run= is required", "run=RUN"),
+    ("report run=", "run= is empty", "run=RUN"),
+    ("report run=a,", "run= is empty", "run=RUN"),
+    ("report run=a,b,c", "run= names 3 runs", "run=A,B"),
     ("eval runs/x", "'runs/x'", "checkpoint=runs/x"),
     ("train eval checkpoint=x", "'eval'", "key=value"),
     ("train foo", "'foo'", "key=value"),
@@ -523,6 +527,21 @@ def test_several_paths_need_no_quotes_of_hydra(
     config = composed(mnist_cli, "predict", "checkpoint=x", f"images={typed}")
     assert isinstance(config, PredictConfig)
     assert config.images == images
+
+
+@pytest.mark.usefixtures("no_run")
+@pytest.mark.parametrize(
+    ("value", "runs"),
+    [
+        ("runs/lr=0.1", ("runs/lr=0.1",)),
+        ("a b,it's/[x]", ("a b", "it's/[x]")),
+        ("'a,b'", ("a,b",)),
+    ],
+)
+def test_commas_part_the_runs_of_a_report(
+    mnist_cli: Program, value: str, runs: tuple[str, ...]
+) -> None:
+    assert composed(mnist_cli, "report", f"run={value}").run == runs  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("no_run")

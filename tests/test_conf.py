@@ -17,6 +17,7 @@ from mnist_cli.config import (
     ModelConfig,
     OptimConfig,
     PredictConfig,
+    ReportConfig,
     ScheduleConfig,
     TrainConfig,
     flatten,
@@ -36,6 +37,7 @@ COMMANDS = {
     "eval": EvalConfig,
     "export": ExportConfig,
     "predict": PredictConfig,
+    "report": ReportConfig,
 }
 
 

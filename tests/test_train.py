@@ -93,11 +93,13 @@ def assert_types(found: dict[str, Any], expected: dict[str, Any], path: str = ""
             assert type(found[key]) in kind, (f"{path}{key}", found[key])
 
 
-def assert_is_complete_run(run: Path, *, has_val: bool = True) -> None:
+def assert_is_complete_run(run: Path, *, has_val: bool = True, has_report: bool = False) -> None:
     """Everything that the contract says of a run folder."""
-    assert {path.name for path in run.iterdir()} - {".lock"} == FILES
     config, result = config_of(run), result_of(run)
     is_regression = config.task == "regression"
+    more = {"report.html": has_report, "errors.csv": not is_regression}
+    files = FILES | {name for name, is_there in more.items() if is_there}
+    assert {path.name for path in run.iterdir()} - {".lock"} == files
     block = REGRESSION if is_regression else CLASSIFICATION
     line = {"weight": (list,), "bias": (list,)}
     is_line = is_regression and config.model.name == "linear"
@@ -194,7 +196,7 @@ def test_every_recipe_trains_an_epoch(mnist_cli: Program, recipe: str) -> None:
     data = () if is_line else ("dataset=digits",)
     outcome = mnist_cli("train", f"+experiment={recipe}", *data, "epochs=1", "out=run", "--quiet")
     assert outcome == (0, "", "")
-    assert_is_complete_run(Path("run"), has_val=not is_line)
+    assert_is_complete_run(Path("run"), has_val=not is_line, has_report=True)
 
 
 @pytest.mark.parametrize("name", conf.options("dataset"))
@@ -211,7 +213,7 @@ def test_every_dataset_trains_an_epoch(
     base = LINE if name == "linear" else DIGITS
     outcome = mnist_cli("train", *base, f"dataset={name}", *words, "out=run", "--quiet")
     assert outcome == (0, "", "")
-    assert_is_complete_run(Path("run"), has_val=name != "linear")
+    assert_is_complete_run(Path("run"), has_val=name != "linear", has_report=True)
     assert result_of(Path("run"))["dataset"]["name"] == name
 
 
