@@ -37,7 +37,7 @@ from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted, UsageError, one_line, shown
 from mnist_cli.explain import hydra_errors, no_such_key
 from mnist_cli.line import Line
-from mnist_cli.run import quoted
+from mnist_cli.run import RunFolder, quoted
 from mnist_cli.sweep import Job
 from mnist_cli.typed import UnknownKeyError
 
@@ -97,18 +97,22 @@ def draw_report(config: Any, document: dict[str, Any], console: Console) -> None
     Raises:
         Interrupted: by a signal.
     """
-    if not isinstance(config, TrainConfig) or not config.report:
+    if not isinstance(config, TrainConfig):
         return
-    folder = document["run_dir"]
-    again = f"type mnist-cli report {shlex.quote(f'run={folder}')}"
+    folder = RunFolder(Path(document["run_dir"]))
+    # Of a run that was resumed, its own configuration says whether it has a page.
+    keys = {key.path: key.value for key in conf.read(folder.path / "config.yaml").keys}
+    if keys.get("report") is not True or folder.has_report():
+        return
+    again = f"type mnist-cli report {shlex.quote(f'run={folder.path}')}"
     try:
         from mnist_cli import report
 
-        report.draw(Path(folder), console)
+        report.draw(folder, console)
     except (Interrupted, KeyboardInterrupt) as error:
         number = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
         raise Interrupted(
-            number, f"the run is complete, its report isn't: {folder}", again
+            number, f"the run is complete, its report isn't: {folder.path}", again
         ) from None
     except Exception as error:
         console.warn(f"no report was drawn: {one_line(str(error))}; {again}")

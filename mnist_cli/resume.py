@@ -121,7 +121,7 @@ def merge(
             source, target = source[parent], target[parent]
         if leaf in source and not _is_same_option(source[leaf], target.get(leaf)):
             target[leaf] = source[leaf]
-    for key in ("resume", "resume_allow", "save_every", "profile", "report", "device"):
+    for key in ("resume", "resume_allow", "save_every", "profile", "device"):
         if key in ("device", "save_every") and key not in typed:
             continue
         merged[key] = plain[key]

@@ -66,6 +66,13 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    def has_report(self) -> bool:
+        """Whether there is a page about the result as it stands."""
+        try:
+            return self.report.stat().st_mtime_ns >= self.result.stat().st_mtime_ns
+        except OSError:
+            return False
+
     def write_config(self, config: TrainConfig) -> None:
         """config.yaml (the whole resolved configuration) and overrides.txt (the command)."""
         durable.write(self.path / "config.yaml", _yaml(to_plain(config)).encode())

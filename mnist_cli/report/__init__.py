@@ -58,10 +58,9 @@ def run(config: ReportConfig, console: Console) -> dict[str, Any]:
     return {"path": str(path), "bytes": len(data)} | document
 
 
-def draw(folder: Path, console: Console) -> None:
+def draw(folder: RunFolder, console: Console) -> None:
     """The page of a run that has just ended, into its folder. Raises what `run` raises."""
-    run_folder = RunFolder(folder)
-    with run_folder.log(console):
-        html = run_page.render(record.load(str(folder), None, console))
-        durable.write(run_folder.report, html.encode())
-        console.detail(f"report   {run_folder.report}")
+    with folder.log(console):
+        html = run_page.render(record.load(str(folder.path), None, console))
+        durable.write(folder.report, html.encode())
+        console.detail(f"report   {folder.report}")
