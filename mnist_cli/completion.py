@@ -33,6 +33,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "out": (),
     "resume": (),
     "run": (),
+    "sweep.resume": (),
 }
 
 # The flags that take a word of their own.

@@ -20,7 +20,15 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_cli import conf
-from mnist_cli.config import EvalConfig, TrainConfig, eval_config, export_config, train_config
+from mnist_cli.config import (
+    EvalConfig,
+    SweepConfig,
+    TrainConfig,
+    eval_config,
+    export_config,
+    sweep_config,
+    train_config,
+)
 from mnist_cli.console import Console
 from mnist_cli.errors import UsageError, shown
 from mnist_cli.explain import hydra_errors, no_such_key
@@ -30,7 +38,7 @@ from mnist_cli.sweep import Job
 from mnist_cli.typed import UnknownKeyError
 
 IS_13 = hydra.__version__.startswith("1.3")
-PATH_KEYS = ("checkpoint", "out", "resume", "dataset.root", "dataset.mirror")
+PATH_KEYS = ("checkpoint", "out", "resume", "sweep.resume", "dataset.root", "dataset.mirror")
 PARSERS: dict[str, Callable[[object], Any]] = {
     "train": train_config,
     "eval": eval_config,
@@ -53,14 +61,17 @@ def run(line: Line, console: Console, started_s: float) -> int:
     with hydra_errors(line), initialized(line):
         parsed = OverridesParser.create().parse_overrides(overrides)
         if line.is_multirun:
-            jobs = sweep_jobs(line, parsed)
+            jobs, settings = sweep_jobs(line, parsed)
         else:
+            _refuse_sweep_keys(parsed)
             _refuse_sweep_values(parsed)
-            config = _compose(line, [*_groups_of_run(line), *overrides])
+            config = checked(line, _compose(line, [*_groups_of_run(line), *overrides]))
     if line.is_multirun:
         from mnist_cli import sweep
 
-        return sweep.run(jobs, console, lambda job, inner: command(job.config, job.typed, inner))
+        if settings is not None:
+            return sweep.run(jobs, settings, console)
+        return sweep.each(jobs, console, lambda job, inner: command(job.config, job.typed, inner))
     typed = [override.key_or_group for override in parsed]
     console.document(command(config, typed, console, started_s))
     return 0
@@ -93,18 +104,19 @@ def initialized(line: Line) -> Iterator[None]:
         yield
 
 
-def _compose(line: Line, overrides: Sequence[str]) -> Any:
-    """The checked configuration of one job."""
+def _compose(line: Line, overrides: Sequence[str]) -> DictConfig:
+    """What Hydra makes of `overrides`."""
     search = [quoted(f"file://{Path(folder).absolute()}") for folder in line.config_dirs]
     if search:
         overrides = [*overrides, f"hydra.searchpath=[{','.join(search)}]"]
-    return checked(line, hydra.compose(line.command, list(overrides)))
+    return hydra.compose(line.command, list(overrides))
 
 
 def checked(line: Line, composed: DictConfig) -> Any:
     """The typed configuration of what Hydra composed. Raises UsageError."""
     data = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(data, dict)
+    data.pop("sweep", None)  # a job knows nothing of its sweep
     for key, value in data.items():
         if value == "???":
             raise UsageError(f"{key!s}= is required", f"type mnist-cli {line.command} {key!s}=RUN")
@@ -137,14 +149,49 @@ def _groups_of_run(line: Line) -> list[str]:
     ]
 
 
-def sweep_jobs(line: Line, parsed: Sequence[Override]) -> list[Job]:
-    """Every job of a sweep, composed and checked before the first one starts."""
-    combinations = BasicSweeper.split_arguments(list(parsed), None)[0]
-    distinct = dict.fromkeys(tuple(words) for words in combinations)
-    jobs = [Job(words, _compose(line, words)) for words in distinct]
-    if not jobs:
+def sweep_jobs(line: Line, parsed: Sequence[Override]) -> tuple[list[Job], SweepConfig | None]:
+    """Every job of a sweep, composed and checked before the first one starts.
+
+    Returns:
+        The jobs, and the keys `sweep.*`, which only `train` has.
+    """
+    own = [override for override in parsed if is_sweep_key(override)]
+    for override in own:
+        if override.is_sweep_override():
+            raise UsageError(
+                f"{shown(override.input_line)} gives several values to a key of the whole sweep",
+                "type one value",
+            )
+    rest = [override for override in parsed if not is_sweep_key(override)]
+    combinations = BasicSweeper.split_arguments(rest, None)[0]
+    distinct = list(dict.fromkeys(tuple(words) for words in combinations))
+    if not distinct:
         raise UsageError("the sweep has no jobs: a key has no values", "type key=a,b with -m")
-    return jobs
+    first = _compose(line, [*distinct[0], *(override.input_line or "" for override in own)])
+    settings = settings_of(first)
+    jobs = [Job(distinct[0], checked(line, first))]
+    jobs += [Job(words, checked(line, _compose(line, words))) for words in distinct[1:]]
+    return jobs, settings
+
+
+def settings_of(composed: DictConfig) -> SweepConfig | None:
+    """The keys `sweep.*` of what Hydra composed, for a command that has them. Raises UsageError."""
+    data = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(data, dict)
+    return sweep_config(data["sweep"]) if "sweep" in data else None
+
+
+def is_sweep_key(override: Override) -> bool:
+    return override.key_or_group.partition(".")[0] == "sweep"
+
+
+def _refuse_sweep_keys(parsed: Sequence[Override]) -> None:
+    for override in parsed:
+        if is_sweep_key(override):
+            raise UsageError(
+                f"{shown(override.input_line)} is for a sweep, and this is one run",
+                "add -m to run a sweep",
+            )
 
 
 def _refuse_sweep_values(parsed: Sequence[Override]) -> None:

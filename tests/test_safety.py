@@ -144,7 +144,7 @@ LAYERS: dict[str, dict[str, set[str]]] = {
     },
     "commands": {
         "train": {"loop"}, "loop": set(), "evaluate": {"onnx_file"}, "export": {"onnx_file"},
-        "onnx_file": set(), "predict": {"onnx_file"}, "report": set(), "sweep": set(),
+        "onnx_file": set(), "predict": {"onnx_file"}, "report": set(), "sweep": {"train"},
     },
     "records": {"checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}},
     "parts": {
@@ -153,7 +153,8 @@ LAYERS: dict[str, dict[str, set[str]]] = {
     },
     "ground": {
         "__init__": set(), "config": {"errors", "typed"}, "errors": set(), "console": {"errors"},
-        "runtime": {"errors"}, "strict_json": set(), "typed": {"errors"}, "durable": {"errors"},
+        "runtime": {"errors"}, "signals": {"errors"}, "strict_json": set(),
+        "typed": {"errors"}, "durable": {"errors"},
     },
 }  # fmt: skip
 ORDER = list(LAYERS)
@@ -161,6 +162,7 @@ LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 HYDRA = ("compose", "explain", "hydra_main")
 TORCH_FREE = (
     *HYDRA, "cli", "conf", "line", "help", "completion", "config", "typed", "errors", "console",
+    "signals", "sweep/__init__", "sweep/job", "sweep/pool", "sweep/board", "sweep/leaderboard",
 )  # fmt: skip
 
 
