@@ -38,6 +38,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "out": (),
     "resume": (),
     "run": (),
+    "sweep.resume": (),
 }
 
 # The flags that take a word of their own.

@@ -26,11 +26,13 @@ from mnist_cli.config import (
     EvalConfig,
     PredictConfig,
     ReportConfig,
+    SweepConfig,
     TrainConfig,
     eval_config,
     export_config,
     predict_config,
     report_config,
+    sweep_config,
     train_config,
 )
 from mnist_cli.console import Console
@@ -43,7 +45,9 @@ from mnist_cli.typed import UnknownKeyError
 
 IS_13 = hydra.__version__.startswith("1.3")
 PATHS_KEYS = ("images", "run")  # of several paths
-PATH_KEYS = (*PATHS_KEYS, "checkpoint", "out", "resume", "dataset.root", "dataset.mirror")
+PATH_KEYS = (
+    *PATHS_KEYS, "checkpoint", "out", "resume", "sweep.resume", "dataset.root", "dataset.mirror",
+)  # fmt: skip
 PARSERS: dict[str, Callable[[object], Any]] = {
     "train": train_config,
     "eval": eval_config,
@@ -68,14 +72,17 @@ def run(line: Line, console: Console, started_s: float) -> int:
     with hydra_errors(line), initialized(line):
         parsed = OverridesParser.create().parse_overrides(overrides)
         if line.is_multirun:
-            jobs = sweep_jobs(line, parsed)
+            jobs, settings = sweep_jobs(line, parsed)
         else:
+            _refuse_sweep_keys(parsed)
             _refuse_sweep_values(parsed)
-            config = _compose(line, [*_groups_of_run(line), *overrides])
+            config = checked(line, _compose(line, [*_groups_of_run(line), *overrides]))
     if line.is_multirun:
         from mnist_cli import sweep
 
-        return sweep.run(jobs, console, run_job)
+        if settings is not None:
+            return sweep.run(jobs, settings, console, draw_typed)
+        return sweep.each(jobs, console, lambda job, inner: command(job.config, job.typed, inner))
     typed = [override.key_or_group for override in parsed]
     document = command(config, typed, console, started_s)
     console.document(document)
@@ -83,12 +90,10 @@ def run(line: Line, console: Console, started_s: float) -> int:
     return 0
 
 
-def run_job(job: Job, console: Console) -> Any:
-    """Run a job of a sweep. Its report is drawn only where that was typed: it takes a second."""
-    document = command(job.config, job.typed, console)
-    if "report" in job.typed:
+def draw_typed(job: Job, document: dict[str, Any], console: Console) -> None:
+    """Draw the report of a job of a sweep only where that was typed: it takes a second."""
+    if "report" in job.typed and document.get("status") == "completed":
         draw_report(job.config, document, console)
-    return document
 
 
 def draw_report(config: Any, document: dict[str, Any], console: Console) -> None:
@@ -156,10 +161,9 @@ def initialized(line: Line) -> Iterator[None]:
         yield
 
 
-def _compose(line: Line, overrides: Sequence[str]) -> Any:
-    """The checked configuration of one job."""
-    overrides = [*overrides, *searched(line.config_dirs)]
-    return checked(line, hydra.compose(line.command, overrides))
+def _compose(line: Line, overrides: Sequence[str]) -> DictConfig:
+    """What Hydra makes of `overrides`."""
+    return hydra.compose(line.command, [*overrides, *searched(line.config_dirs)])
 
 
 def searched(folders: Sequence[str]) -> list[str]:
@@ -172,6 +176,7 @@ def checked(line: Line, composed: DictConfig) -> Any:
     """The typed configuration of what Hydra composed. Raises UsageError."""
     data = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(data, dict)
+    data.pop("sweep", None)  # a job knows nothing of its sweep
     for key, value in data.items():
         if value == "???":
             needed = "images=PATH" if key == "images" else f"{key!s}=RUN"
@@ -208,14 +213,49 @@ def _groups_of_run(line: Line) -> list[str]:
     ]
 
 
-def sweep_jobs(line: Line, parsed: Sequence[Override]) -> list[Job]:
-    """Every job of a sweep, composed and checked before the first one starts."""
-    combinations = BasicSweeper.split_arguments(list(parsed), None)[0]
-    distinct = dict.fromkeys(tuple(words) for words in combinations)
-    jobs = [Job(words, _compose(line, words)) for words in distinct]
-    if not jobs:
+def sweep_jobs(line: Line, parsed: Sequence[Override]) -> tuple[list[Job], SweepConfig | None]:
+    """Every job of a sweep, composed and checked before the first one starts.
+
+    Returns:
+        The jobs, and the keys `sweep.*`, which only `train` has.
+    """
+    own = [override for override in parsed if is_sweep_key(override)]
+    for override in own:
+        if override.is_sweep_override():
+            raise UsageError(
+                f"{shown(override.input_line)} gives several values to a key of the whole sweep",
+                "type one value",
+            )
+    rest = [override for override in parsed if not is_sweep_key(override)]
+    combinations = BasicSweeper.split_arguments(rest, None)[0]
+    distinct = list(dict.fromkeys(tuple(words) for words in combinations))
+    if not distinct:
         raise UsageError("the sweep has no jobs: a key has no values", "type key=a,b with -m")
-    return jobs
+    first = _compose(line, [*distinct[0], *(override.input_line or "" for override in own)])
+    settings = settings_of(first)
+    jobs = [Job(distinct[0], checked(line, first))]
+    jobs += [Job(words, checked(line, _compose(line, words))) for words in distinct[1:]]
+    return jobs, settings
+
+
+def settings_of(composed: DictConfig) -> SweepConfig | None:
+    """The keys `sweep.*` of what Hydra composed, for a command that has them. Raises UsageError."""
+    data = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(data, dict)
+    return sweep_config(data["sweep"]) if "sweep" in data else None
+
+
+def is_sweep_key(override: Override) -> bool:
+    return override.key_or_group.partition(".")[0] == "sweep"
+
+
+def _refuse_sweep_keys(parsed: Sequence[Override]) -> None:
+    for override in parsed:
+        if is_sweep_key(override):
+            raise UsageError(
+                f"{shown(override.input_line)} is for a sweep, and this is one run",
+                "add -m to run a sweep",
+            )
 
 
 def _refuse_sweep_values(parsed: Sequence[Override]) -> None:

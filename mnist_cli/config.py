@@ -380,6 +380,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """How `train -m` goes through its jobs. No job knows of it: it trains as it would alone."""
+
+    jobs: Annotated[int, Range(least=1, most=1024)]
+    resume: str | None
+    fail_fast: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RootConfig:
     root: str | None
 
@@ -480,6 +489,19 @@ def train_config(data: object) -> TrainConfig:
             "type device=cuda, or leave precision=float32",
         )
     return config
+
+
+def sweep_config(data: object) -> SweepConfig:
+    """Parse and check the keys `sweep.*` of `train`. Raises UsageError."""
+    config = parse(_SweepBlock, {"sweep": data}).sweep
+    if config.resume is not None and not config.resume.strip():
+        raise UsageError("sweep.resume= is empty", "name the folder of a sweep: sweep.resume=DIR")
+    return config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SweepBlock:
+    sweep: SweepConfig
 
 
 def eval_config(data: object) -> EvalConfig:

@@ -15,7 +15,7 @@ from typing import Any
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import optim, schedule
 from mnist_cli.checkpoint import Checkpoint
-from mnist_cli.config import FREE_KEYS, TrainConfig, config_hash, flatten, to_plain, train_config
+from mnist_cli.config import FREE_KEYS, TrainConfig, flatten, to_plain, train_config
 from mnist_cli.console import Console
 from mnist_cli.errors import CheckpointError, UsageError
 from mnist_cli.run import RunFolder
@@ -97,13 +97,6 @@ def load(
         return merge(found.config, given, typed, folder.path), found
     raise CheckpointError(
         "; ".join(reasons), "no checkpoint of the run can be used: mend that, or start it anew"
-    )
-
-
-def is_complete(result: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether there is nothing left to do for `config` in a run with this result.json."""
-    return bool(
-        result.get("status") == "completed" and result.get("config_hash") == config_hash(config)
     )
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_cli import durable
-from mnist_cli.config import TrainConfig, to_plain
+from mnist_cli.config import TrainConfig, config_hash, to_plain
 from mnist_cli.console import Console
 from mnist_cli.errors import UsageError
 
@@ -176,8 +176,11 @@ def _is_until(epoch: int, row: str) -> bool:
 
 
 @contextlib.contextmanager
-def create(out: str | None, parent: str) -> Iterator[RunFolder]:
+def create(out: str | None, parent: str, is_resumed: bool = False) -> Iterator[RunFolder]:
     """A new folder, held for this process: `out`, or an own one under `parent`.
+
+    Args:
+        is_resumed: `out` may hold the records of a run that failed before its first checkpoint.
 
     Raises:
         UsageError: `out` holds a run already.
@@ -191,7 +194,7 @@ def create(out: str | None, parent: str) -> Iterator[RunFolder]:
         folder.mkdir(parents=True, exist_ok=True)
     with durable.locked(folder):
         durable.remove_stale_temporaries(folder)
-        if holds_run(folder):
+        if holds_run(folder) and not (is_resumed and _never_began(folder)):
             raise UsageError(
                 f"out={folder} holds a run already",
                 "type resume=auto to continue it, or name another folder",
@@ -211,10 +214,23 @@ def reopen(folder: Path) -> Iterator[RunFolder]:
         yield RunFolder(folder)
 
 
+def is_complete(result: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether there is nothing left to do for `config` in a run with this result.json."""
+    return bool(
+        result.get("status") == "completed" and result.get("config_hash") == config_hash(config)
+    )
+
+
 def holds_run(folder: Path) -> bool:
     return any(
         (folder / name).exists() for name in ("config.yaml", "last.safetensors", "result.json")
     )
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether there is nothing to lose in the folder of a run that failed."""
+    result = RunFolder(folder).read_result() or {}
+    return result.get("status") == "failed" and not RunFolder(folder).metrics.exists()
 
 
 def unique_folder(parent: Path) -> Path:

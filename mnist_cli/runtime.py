@@ -11,14 +11,12 @@ import contextlib
 import ctypes
 import hashlib
 import platform
-import signal
-import types
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mnist_cli.errors import Interrupted, UsageError, one_line
+from mnist_cli.errors import UsageError, one_line
 
 
 def resolve_device(name: str, precision: str = "float32") -> torch.device:
@@ -113,31 +111,3 @@ class Host:
             for name in ("torch_version", "device", "threads", "capability")
             if getattr(then, name) != getattr(self, name)
         ]
-
-
-class SignalWatch:
-    """Notes SIGINT and SIGTERM so that the loop can finish its step and save.
-
-    The second signal leaves at once; the last checkpoint on disk is whole at any instant.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> SignalWatch:
-        self._before = {number: signal.signal(number, self._note) for number in _STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: types.FrameType | None) -> None:
-        if self.received is not None:
-            raise Interrupted(
-                number, "stopped at once by a second signal", "type resume=RUN to continue the run"
-            )
-        self.received = number
-
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -28,15 +28,26 @@ from mnist_cli.errors import (
     DataError,
     DivergedError,
     Interrupted,
+    PrunedError,
     ResourceError,
     UsageError,
     is_out_of_memory,
     one_line,
 )
-from mnist_cli.loop import Job, diverged, fit, save, stop_if_asked, timed
+from mnist_cli.loop import (
+    Job,
+    ShouldStop,
+    diverged,
+    fit,
+    never,
+    save,
+    stop_if_asked,
+    timed,
+)
 from mnist_cli.loss import build_loss
 from mnist_cli.model import build_model, num_params
 from mnist_cli.run import RunFolder
+from mnist_cli.signals import SignalWatch
 
 RUNS = "outputs/train"
 
@@ -46,6 +57,9 @@ def run(
     console: Console,
     typed: Collection[str] = (),
     started_s: float | None = None,
+    *,
+    signals: SignalWatch | None = None,
+    should_stop: ShouldStop = never,
 ) -> dict[str, Any]:
     """Train, select on the validation split, test once; leave everything in the run folder.
 
@@ -53,6 +67,8 @@ def run(
         typed: the keys that the user named; of a run that is resumed, the others come out of its
             checkpoint.
         started_s: `time.monotonic()` of the start, for the times in the result.
+        signals: the watch of a process that runs job after job; None for one of the run's own.
+        should_stop: see `loop.fit`.
 
     Returns:
         result.json of the contract.
@@ -63,18 +79,19 @@ def run(
         LockedError: another process is at the run folder.
         DivergedError: a loss or gradient was not finite; the checkpoints before it stand.
         ResourceError: no disk, memory or GPU memory is left; the last checkpoint stands.
+        PrunedError: `should_stop` said so, after a checkpoint was written.
         Interrupted: by a signal, after a checkpoint was written.
     """
     started_s = time.monotonic() if started_s is None else started_s
     old_folder = resume.folder_of(config)
     if old_folder is None:
         job = prepare(config, None, started_s)
-        with runs.create(config.out, RUNS) as folder, folder.log(console):
-            return _finish(job, folder, console, started_s)
+        with runs.create(config.out, RUNS, config.resume == "auto") as folder, folder.log(console):
+            return _finish(job, folder, console, started_s, signals, should_stop)
     with runs.reopen(old_folder) as folder:
         config, before = resume.load(folder, config, typed, console)
         result = folder.read_result()
-        if result and resume.is_complete(result, config):
+        if result and runs.is_complete(result, config):
             console.say(f"{old_folder} is already complete at step {before.progress.step}")
             return result
         job = prepare(config, before, started_s)
@@ -95,7 +112,7 @@ def run(
                 console.warn(difference)
             console.say(f"resuming at step {before.progress.step}")
             folder.keep_metrics_until(before.progress.step // job.steps_per_epoch)
-            return _finish(job, folder, console, started_s)
+            return _finish(job, folder, console, started_s, signals, should_stop)
 
 
 def prepare(config: TrainConfig, before: Checkpoint | None, started_s: float) -> Job:
@@ -136,15 +153,22 @@ def prepare(config: TrainConfig, before: Checkpoint | None, started_s: float) ->
 # --- around the loop -----------------------------------------------------------------------------
 
 
-def _finish(job: Job, folder: RunFolder, console: Console, started_s: float) -> dict[str, Any]:
+def _finish(
+    job: Job,
+    folder: RunFolder,
+    console: Console,
+    started_s: float,
+    given: SignalWatch | None,
+    should_stop: ShouldStop,
+) -> dict[str, Any]:
     """Fit, test, record; and record as well what went wrong."""
-    with runtime.SignalWatch() as signals:
+    with contextlib.nullcontext(given) if given else SignalWatch() as signals:
         try:
             save(job, folder.last)
             folder.write_result(_result(job, folder, "interrupted", started_s))
             folder.write_config(job.config)
             banner(job, folder, console)
-            reason = fit(job, folder, console, signals)
+            reason = fit(job, folder, console, signals, should_stop)
             model = checkpoints.load(folder.best).build_model(job.device)
             measured: dict[str, dict[str, Any] | None] = {"val": None}
             with timed(job.times, "eval_s"):
@@ -187,7 +211,7 @@ def _record_failure(
     status = "failed"
     if isinstance(error, DivergedError):
         status = "diverged"
-    elif isinstance(error, Interrupted | KeyboardInterrupt):
+    elif isinstance(error, Interrupted | KeyboardInterrupt | PrunedError):
         status = "interrupted"
     message = getattr(error, "message", None) or f"{type(error).__name__}: {one_line(str(error))}"
     console.record(f"error: {message}")

@@ -360,6 +360,12 @@ def program_in(folder: str, words: list[str]) -> int:
     return program(words)
 
 
+def program_in_group(words: list[str]) -> int:
+    """The program, with its children in a process group of its own."""
+    os.setsid()
+    return program(words)
+
+
 def add_row_below(folder: str, file_bytes: int) -> None:
     """Add a row to metrics.csv, which may not grow beyond `file_bytes`."""
     from mnist_cli import run
@@ -545,6 +551,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     for job in (
         program,
         program_in,
+        program_in_group,
         add_row_below,
         program_with_stdout,
         program_with_memory,

@@ -17,7 +17,7 @@ from conftest import NUM_GENERATED, ROOT, TORTURE, Outcome, Program
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from mnist_cli import compose, conf
+from mnist_cli import compose, conf, sweep
 from mnist_cli.config import Config, PredictConfig, TrainConfig, to_plain, train_config
 from mnist_cli.run import command_of
 
@@ -49,6 +49,7 @@ def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Accepted(config)
 
     monkeypatch.setattr(compose, "command", accept)
+    monkeypatch.setattr(sweep, "run", lambda jobs, *rest: accept(jobs[0].config))
 
 
 def composed(mnist_cli: Program, *words: str) -> Config:

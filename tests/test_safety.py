@@ -151,24 +151,26 @@ def test_an_entry_point_is_loaded_in_one_place_alone() -> None:
 LAYERS: dict[str, dict[str, set[str]]] = {
     "door": {
         "__main__": {"cli"}, "cli": {"line", "help", "completion", "compose"},
-        "compose": {"line", "explain", "hydra_main", "plugin"}, "explain": {"line"},
-        "hydra_main": {"compose", "line", "explain", "plugin"}, "line": {"plugin"},
-        "help": {"line"}, "completion": {"line", "plugin"}, "plugin": set(),
+        "compose": {"line", "explain", "hydra_main"}, "explain": {"line"},
+        "hydra_main": {"compose", "line", "explain"}, "line": set(), "help": {"line"},
+        "completion": {"line"},
     },
     "commands": {
         "train": {"loop"}, "loop": set(), "evaluate": {"trained"}, "export": {"onnx_file"},
         "onnx_file": set(), "trained": {"onnx_file"}, "predict": {"trained"},
-        "report": set(), "sweep": set(),
+        "report": set(), "sweep": {"train"},
     },
-    "records": {"checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}},
+    "records": {
+        "checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}, "plugin": set(),
+    },
     "parts": {
         "dataset": set(), "model": set(), "loss": set(), "optim": set(), "schedule": set(),
         "metrics": set(), "pictures": {"dataset"}, "scoring": {"dataset", "metrics", "loss"},
     },
     "ground": {
         "__init__": set(), "conf": set(), "config": {"errors", "typed"}, "errors": set(),
-        "console": {"errors"},
-        "runtime": {"errors"}, "strict_json": set(), "typed": {"errors"}, "durable": {"errors"},
+        "console": {"errors"}, "runtime": {"errors"}, "signals": {"errors"}, "strict_json": set(),
+        "typed": {"errors"}, "durable": {"errors"},
     },
 }  # fmt: skip
 ORDER = list(LAYERS)
@@ -176,7 +178,8 @@ LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 HYDRA = ("compose", "explain", "hydra_main")
 TORCH_FREE = (
     *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "typed", "errors",
-    "console",
+    "console", "signals", "sweep/__init__", "sweep/job", "sweep/pool", "sweep/board",
+    "sweep/leaderboard",
 )  # fmt: skip
 
 
