@@ -76,8 +76,7 @@ def _show(line: Line, overrides: Sequence[str], console: Console) -> int:
 
 def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
     """A sweep by one of Hydra's sweepers and launchers, wherever they run its jobs."""
-    jobs, settings = _check_jobs(line, overrides)
-    folder = sweep.folder_of(jobs, settings)
+    folder = sweep.folder_of(*_check_jobs(line, overrides))
     own = [word for word in overrides if not word.startswith(("out=", "sweep."))]
     if folder is not None:
         own.append(f"hydra.sweep.dir={quoted(str(folder))}")
@@ -90,7 +89,9 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
 
         job = sweep.Job(words, compose.checked(line, composed))
         if isinstance(job.config, TrainConfig):
-            document = sweep.run_job(sweep.placed(job, Path(config.sweep.dir), [job]), console)
+            document = sweep.run_job(
+                sweep.placed(job, Path(config.sweep.dir), " ".join(words)), console
+            )
             if sweep.has_failed(document):
                 console.say(f"failed: {document['error']}")
         else:
@@ -116,7 +117,7 @@ def _check_jobs(line: Line, overrides: Sequence[str]) -> tuple[list[sweep.Job], 
         parsed = OverridesParser.create().parse_overrides(plain)
         listed = [o for o in parsed if not o.is_sweep_override() or o.is_discrete_sweep()]
         _refuse_own_keys(listed)
-        return compose.sweep_jobs(line, listed)
+        return compose.sweep_jobs(line, listed), compose.sweep_settings(line, listed)
 
 
 def _refuse_own_keys(parsed: Sequence[Override]) -> None:
