@@ -22,6 +22,9 @@ from mnist_cli.line import typed_plugins
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("float32", "bfloat16", "float16"),
+    "sweep.search": ("grid", "optuna"),
+    "sweep.sampler": ("tpe", "gp", "random", "grid"),
+    "sweep.pruner": ("none", "median", "halving"),
     "monitor": ("auto", "val_loss", "val_accuracy", "val_mse"),
     "dataset.split": ("byclass", "bymerge", "balanced", "letters", "digits", "mnist"),
     "split": ("test", "val", "train"),

@@ -18,7 +18,7 @@ from typing import Any
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_cli import conf, plugin
@@ -41,6 +41,7 @@ from mnist_cli.explain import hydra_errors, no_such_key
 from mnist_cli.line import Line
 from mnist_cli.run import RunFolder, quoted
 from mnist_cli.sweep import Job
+from mnist_cli.sweep.search import Choice, Numbers, words_of
 from mnist_cli.typed import UnknownKeyError
 
 IS_13 = hydra.__version__.startswith("1.3")
@@ -48,6 +49,7 @@ PATHS_KEYS = ("images", "run")  # of several paths
 PATH_KEYS = (
     *PATHS_KEYS, "checkpoint", "out", "resume", "sweep.resume", "dataset.root", "dataset.mirror",
 )  # fmt: skip
+SEARCH_KEYS = tuple(f"sweep.{key}" for key in ("trials", "sampler", "pruner", "objectives"))
 PARSERS: dict[str, Callable[[object], Any]] = {
     "train": train_config,
     "eval": eval_config,
@@ -72,7 +74,9 @@ def run(line: Line, console: Console, started_s: float) -> int:
     with hydra_errors(line), initialized(line):
         parsed = OverridesParser.create().parse_overrides(overrides)
         if line.is_multirun:
-            jobs, settings = sweep_jobs(line, parsed)
+            settings = sweep_settings(line, parsed)
+            is_search = settings is not None and settings.search == "optuna"
+            jobs = [] if is_search else sweep_jobs(line, parsed)
         else:
             _refuse_sweep_keys(parsed)
             _refuse_sweep_values(parsed)
@@ -80,6 +84,8 @@ def run(line: Line, console: Console, started_s: float) -> int:
     if line.is_multirun:
         from mnist_cli import sweep
 
+        if settings is not None and settings.search == "optuna":
+            return _search(line, parsed, settings, console)
         if settings is not None:
             return sweep.run(jobs, settings, console, draw_typed)
         return sweep.each(jobs, console, lambda job, inner: command(job.config, job.typed, inner))
@@ -213,12 +219,8 @@ def _groups_of_run(line: Line) -> list[str]:
     ]
 
 
-def sweep_jobs(line: Line, parsed: Sequence[Override]) -> tuple[list[Job], SweepConfig | None]:
-    """Every job of a sweep, composed and checked before the first one starts.
-
-    Returns:
-        The jobs, and the keys `sweep.*`, which only `train` has.
-    """
+def sweep_settings(line: Line, parsed: Sequence[Override]) -> SweepConfig | None:
+    """The keys `sweep.*`, which only `train` has. Raises UsageError."""
     own = [override for override in parsed if is_sweep_key(override)]
     for override in own:
         if override.is_sweep_override():
@@ -226,23 +228,106 @@ def sweep_jobs(line: Line, parsed: Sequence[Override]) -> tuple[list[Job], Sweep
                 f"{shown(override.input_line)} gives several values to a key of the whole sweep",
                 "type one value",
             )
-    rest = [override for override in parsed if not is_sweep_key(override)]
-    combinations = BasicSweeper.split_arguments(rest, None)[0]
-    distinct = list(dict.fromkeys(tuple(words) for words in combinations))
-    if not distinct:
-        raise UsageError("the sweep has no jobs: a key has no values", "type key=a,b with -m")
-    first = _compose(line, [*distinct[0], *(override.input_line or "" for override in own)])
-    settings = settings_of(first)
-    jobs = [Job(distinct[0], checked(line, first))]
-    jobs += [Job(words, checked(line, _compose(line, words))) for words in distinct[1:]]
-    return jobs, settings
-
-
-def settings_of(composed: DictConfig) -> SweepConfig | None:
-    """The keys `sweep.*` of what Hydra composed, for a command that has them. Raises UsageError."""
-    data = OmegaConf.to_container(composed, resolve=True)
+    words = [_first_word(override) for override in parsed]
+    data = OmegaConf.to_container(_compose(line, words), resolve=True)
     assert isinstance(data, dict)
-    return sweep_config(data["sweep"]) if "sweep" in data else None
+    settings = sweep_config(data["sweep"]) if "sweep" in data else None
+    for override in own:
+        if override.key_or_group in SEARCH_KEYS and settings and settings.search == "grid":
+            raise UsageError(
+                f"{shown(override.input_line)} is for a search, and sweep.search=grid tries all",
+                "add sweep.search=optuna",
+            )
+    return settings
+
+
+def sweep_jobs(line: Line, parsed: Sequence[Override]) -> list[Job]:
+    """Every job of a sweep, composed and checked before the first one starts."""
+    swept = [override for override in parsed if not is_sweep_key(override)]
+    for override in swept:
+        if override.is_interval_sweep():
+            raise UsageError(
+                f"{shown(override.input_line)} can't be counted",
+                "type a list of values, or add sweep.search=optuna to search in it",
+            )
+    combinations = BasicSweeper.split_arguments(swept, None)[0]
+    distinct = dict.fromkeys(tuple(words) for words in combinations)
+    jobs = [Job(words, checked(line, _compose(line, words))) for words in distinct]
+    if not jobs:
+        raise UsageError("the sweep has no jobs: a key has no values", "type key=a,b with -m")
+    return jobs
+
+
+def search_space(parsed: Sequence[Override]) -> list[Choice | Numbers]:
+    """What a search may choose from: each word with several values. Raises UsageError."""
+    space: list[Choice | Numbers] = []
+    for override in parsed:
+        if not override.is_sweep_override():
+            continue
+        key, value = override.get_key_element(), override.value()
+        if override.key_or_group == "seed":
+            raise UsageError(
+                f"{shown(override.input_line)}: a search doesn't choose the seed", "type one seed"
+            )
+        tags = value.tags if isinstance(value, Sweep) else set()
+        if isinstance(value, IntervalSweep):
+            assert value.start is not None and value.end is not None
+            part: Choice | Numbers = Numbers(key, value.start, value.end, None, "log" in tags)
+        elif isinstance(value, RangeSweep):
+            counted = list(value.range())
+            if not counted:
+                raise UsageError(f"{shown(override.input_line)} has no values", "turn it around")
+            part = Numbers(key, min(counted), max(counted), abs(value.step), "log" in tags)
+        else:
+            part = Choice(key, tuple(dict.fromkeys(override.sweep_string_iterator())))
+        if isinstance(part, Numbers) and (part.low > part.high or (part.is_log and part.low <= 0)):
+            raise UsageError(
+                f"{shown(override.input_line)} is no range to search in",
+                "type the smaller end first"
+                if part.low > part.high
+                else "a log needs ends above 0",
+            )
+        space.append(part)
+    if not space:
+        raise UsageError(
+            "sweep.search=optuna has nothing to choose",
+            "give a key several values: 'optim.lr=tag(log, interval(1e-4, 1e-1))'",
+        )
+    return space
+
+
+def _search(line: Line, parsed: Sequence[Override], settings: SweepConfig, console: Console) -> int:
+    """A search, once the ends of every range and each choice are known to compose."""
+    from mnist_cli import sweep
+
+    last = {override.key_or_group: override for override in parsed if not is_sweep_key(override)}
+    swept = list(last.values())  # of a key that is typed twice the last value counts
+    fixed = [override.input_line or "" for override in swept if not override.is_sweep_override()]
+
+    def make_job(words: Sequence[str]) -> Job:
+        with hydra_errors(line), initialized(line):
+            return Job((*fixed, *words), checked(line, _compose(line, [*fixed, *words])))
+
+    space = search_space(swept)
+    middle = {part.key: part.ends[0] for part in space}
+    first = make_job(words_of(space, middle))
+    for part in space:
+        for end in part.ends[1:]:
+            make_job(words_of(space, middle | {part.key: end}))
+    return sweep.run_search(space, first, make_job, settings, console, draw_typed)
+
+
+def _first_word(override: Override) -> str:
+    """`override` with the first of its values."""
+    if not override.is_sweep_override():
+        return override.input_line or ""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return f"{override.get_key_element()}={value.start!r}"
+    first = next(iter(override.sweep_string_iterator()), None)
+    if first is None:
+        raise UsageError("the sweep has no jobs: a key has no values", "type key=a,b with -m")
+    return f"{override.get_key_element()}={first}"
 
 
 def is_sweep_key(override: Override) -> bool:

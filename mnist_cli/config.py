@@ -386,6 +386,11 @@ class SweepConfig:
     jobs: Annotated[int, Range(least=1, most=1024)]
     resume: str | None
     fail_fast: bool
+    search: Literal["grid", "optuna"]
+    trials: Annotated[int, Range(least=1, most=100_000)]
+    sampler: Literal["tpe", "gp", "random", "grid"]
+    pruner: Literal["none", "median", "halving"]
+    objectives: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -438,6 +443,14 @@ class ReportConfig:
 
 Config = TrainConfig | EvalConfig | ExportConfig | PredictConfig | ReportConfig
 
+# What a search may optimize, and which way; `train_s` is the only one that doesn't repeat exactly.
+OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
+    "val_accuracy": "maximize",
+    "val_loss": "minimize",
+    "val_mse": "minimize",
+    "train_s": "minimize",
+    "num_params": "minimize",
+}
 
 # Keys of `train` that don't change the numbers of a run; they may differ when one is resumed.
 FREE_KEYS = (
@@ -496,6 +509,20 @@ def sweep_config(data: object) -> SweepConfig:
     config = parse(_SweepBlock, {"sweep": data}).sweep
     if config.resume is not None and not config.resume.strip():
         raise UsageError("sweep.resume= is empty", "name the folder of a sweep: sweep.resume=DIR")
+    for name in config.objectives:
+        if name not in OBJECTIVES:
+            raise UsageError(
+                f"sweep.objectives names {shown(name)}, which is no choice",
+                f"name some of: {', '.join(OBJECTIVES)}",
+            )
+    if len(config.objectives) != len(set(config.objectives)):
+        raise UsageError("sweep.objectives names one of them twice", "name each once")
+    if config.objectives and config.pruner != "none" and len(config.objectives) > 1:
+        raise UsageError(
+            f"sweep.pruner={config.pruner} compares one value, but sweep.objectives names"
+            f" {len(config.objectives)}",
+            "type sweep.pruner=none, or one objective",
+        )
     return config
 
 

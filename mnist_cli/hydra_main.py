@@ -77,8 +77,7 @@ def _show(line: Line, overrides: Sequence[str], console: Console) -> int:
 
 def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
     """A sweep by one of Hydra's sweepers and launchers, wherever they run its jobs."""
-    jobs, settings = _check_jobs(line, overrides)
-    folder = sweep.folder_of(jobs, settings)
+    folder = sweep.folder_of(*_check_jobs(line, overrides))
     own = [word for word in overrides if not word.startswith(("out=", "sweep."))]
     if folder is not None:
         own.append(f"hydra.sweep.dir={quoted(str(folder))}")
@@ -91,7 +90,7 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
 
         job = sweep.Job(words, compose.checked(line, composed))
         if isinstance(job.config, TrainConfig):
-            job = sweep.placed(job, Path(config.sweep.dir), [job])
+            job = sweep.placed(job, Path(config.sweep.dir), " ".join(words))
             document = sweep.run_job(job, console)
             compose.draw_typed(job, document, console)
             if sweep.has_failed(document):
@@ -119,7 +118,7 @@ def _check_jobs(line: Line, overrides: Sequence[str]) -> tuple[list[sweep.Job], 
         parsed = OverridesParser.create().parse_overrides(plain)
         listed = [o for o in parsed if not o.is_sweep_override() or o.is_discrete_sweep()]
         _refuse_own_keys(listed)
-        return compose.sweep_jobs(line, listed)
+        return compose.sweep_jobs(line, listed), compose.sweep_settings(line, listed)
 
 
 def _refuse_own_keys(parsed: Sequence[Override]) -> None:

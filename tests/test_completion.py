@@ -162,6 +162,7 @@ def test_choices_are_those_of_the_schemas() -> None:
     counted: dict[str, tuple[str, ...]] = {}
     for schema in get_args(config.Config):
         counted |= literals(schema)
+    counted |= literals(config.SweepConfig, "sweep.")
     for group in conf.GROUPS:
         for schema in get_args(get_type_hints(config.TrainConfig)[group]):
             counted |= literals(schema, f"{group}.")

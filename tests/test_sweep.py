@@ -11,14 +11,14 @@ import random
 import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import faults
 import pytest
-from conftest import Program
 from faults import Child, Server, figure, many, outcome_of, temporaries, two_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +28,9 @@ from mnist_cli.compose import PARSERS
 from mnist_cli.run import RunFolder
 from mnist_cli.sweep import leaderboard, pool
 from mnist_cli.sweep.job import record
+
+if TYPE_CHECKING:
+    from conftest import Program
 
 pytest_plugins = ["faults"]
 pytestmark = pytest.mark.usefixtures("empty_cwd")
@@ -527,3 +530,207 @@ def test_cores_are_divided_and_gpus_taken_in_turn(monkeypatch: pytest.MonkeyPatc
     assert "CUDA_VISIBLE_DEVICES" not in pool.share_of(0, 2, ["0"])
     shares = [pool.share_of(slot, 4, ["2", "5"])["CUDA_VISIBLE_DEVICES"] for slot in range(4)]
     assert shares == ["2", "5", "2", "5"]
+
+
+# --- searches ------------------------------------------------------------------------------------
+
+SEARCH = (
+    "train", "-m", *TINY, "optim.lr=tag(log,interval(1e-4,1))", "optim=adam,sgd",
+    "sweep.search=optuna", "--quiet",
+)  # fmt: skip
+
+
+def history(sweep: Path) -> list[tuple[Any, ...]]:
+    return [
+        (trial["state"], trial["values"], trial["epochs"], trial["config"], trial["job"])
+        for trial in board_of(sweep)["history"]
+    ]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
+def test_a_search_repeats_exactly(mnist_cli: Program, sampler: str) -> None:
+    words = (*SEARCH, f"sweep.sampler={sampler}", "sweep.trials=12", "sweep.pruner=median")
+    assert mnist_cli(*words, "out=a").code in (0, 1)
+    assert mnist_cli(*words[:-2], "sweep.trials=5", "sweep.pruner=median", "out=b").code in (0, 1)
+    assert mnist_cli(*words, "sweep.resume=b").code in (0, 1)
+    assert history(Path("a")) == history(Path("b"))
+    assert len(history(Path("a"))) == 12
+    assert mnist_cli(*words, "out=c", "seed=1").code in (0, 1)
+    assert history(Path("a")) != history(Path("c"))
+    before = states(Path("a"))
+    assert mnist_cli(*words, "sweep.resume=a").code in (0, 1)
+    assert states(Path("a")) == before
+
+
+def test_a_search_says_what_it_found(mnist_cli: Program) -> None:
+    words = (*SEARCH[:-1], "sweep.trials=10", "sweep.pruner=median", "out=a", "--json")
+    outcome = mnist_cli(*words)
+    document = json.loads(outcome.stdout)
+    board = board_of(Path("a"))
+    best = max(trial["values"][0] for trial in board["history"] if trial["state"] == "complete")
+    assert board["winner"]["mean"] == best
+    assert document["winner"] == board["winner"]
+    assert board["objectives"] == {"val_accuracy": "maximize"}
+    assert set(board["importance"]) <= {"optim.lr", "optim"} and board["importance"]
+    assert sum(board["importance"].values()) == pytest.approx(1)
+    assert {Path(job["run_dir"]).name for job in document["jobs"]} == set(folders(Path("a")))
+    for trial in board["history"]:
+        assert 1e-4 <= trial["config"]["optim.lr"] <= 1
+        config = yaml_of(Path("a") / trial["job"])
+        assert config["optim"]["lr"] == pytest.approx(trial["config"]["optim.lr"], rel=1e-5)
+        assert config["optim"]["name"] == trial["config"]["optim"]
+
+
+@pytest.mark.parametrize("pruner", ["median", "halving"])
+def test_what_lies_behind_is_given_up_and_is_no_failure(mnist_cli: Program, pruner: str) -> None:
+    words = ("train", "-m", *TINY, "epochs=4", "optim.lr=0.1,0.05,0.02,1e-7,1e-8,1e-9,1e-10,1e-11")
+    words += ("sweep.search=optuna", "sweep.sampler=grid", f"sweep.pruner={pruner}", "out=a")
+    assert mnist_cli(*words, "--quiet") == (0, "", "")
+    results = [json.loads(path.read_text()) for path in Path("a").glob("*/result.json")]
+    pruned = [result for result in results if result["status"] == "interrupted"]
+    assert len(results) == 8 and pruned
+    for result in pruned:
+        epochs = len(faults.metrics_rows(Path(result["run_dir"])))
+        assert result["error"] == f"pruned at epoch {epochs}" and epochs < 4
+    board = board_of(Path("a"))
+    assert board["winner"]["config"]["optim.lr"] in (0.1, 0.05, 0.02)
+    assert sum(row["state"] == "pruned" for row in board["rows"]) == len(pruned)
+    assert all(not row["failed"] for row in board["rows"])
+    again = mnist_cli("train", f"resume={pruned[0]['run_dir']}", "--quiet")
+    assert again == (0, "", "")
+
+
+def test_sampler_grid_tries_each_once_and_ends(mnist_cli: Program) -> None:
+    words = ("train", "-m", *TINY, "optim=adam,sgd", "seed=3", "batch_size=range(64,129,32)")
+    words += ("sweep.search=optuna", "sweep.sampler=grid", "out=a", "--quiet")
+    assert mnist_cli(*words) == (0, "", "")
+    configs = [trial["config"] for trial in board_of(Path("a"))["history"]]
+    tried = sorted((each["optim"], each["batch_size"]) for each in configs)
+    assert tried == list(itertools.product(["adam", "sgd"], [64, 96, 128]))
+
+
+def test_several_objectives_give_a_front(mnist_cli: Program) -> None:
+    words = ("train", "-m", *TINY, "model.hidden=[4],[8],[16],[32]", "optim.lr=0.05")
+    words += ("sweep.search=optuna", "sweep.sampler=grid", "out=a", "--quiet")
+    assert mnist_cli(*words, "sweep.objectives=[val_accuracy,num_params]") == (0, "", "")
+    board = board_of(Path("a"))
+    values = {trial["job"]: tuple(trial["values"]) for trial in board["history"]}
+    front = {trial["job"] for trial in board["pareto"]}
+    for job, (accuracy, size) in values.items():
+        is_beaten = any(
+            a >= accuracy and s <= size and (a, s) != (accuracy, size) for a, s in values.values()
+        )
+        assert (job in front) == (not is_beaten)
+
+
+def test_a_regression_is_searched_downward(mnist_cli: Program) -> None:
+    words = ("train", "-m", "dataset=linear", "loss=mse", "model=linear", "epochs=3")
+    words += ("dataset.num_samples=200", "dataset.val_fraction=0.2")
+    words += ("optim.lr=interval(0.001,0.1)", "sweep.search=optuna")
+    assert mnist_cli(*words, "sweep.trials=4", "out=a", "--quiet").code == 0
+    board = board_of(Path("a"))
+    assert board["objectives"] == {"val_mse": "minimize"}
+    assert board["winner"]["mean"] == min(trial["values"][0] for trial in board["history"])
+
+
+def test_a_search_killed_at_any_instant_goes_on(server: Server, tmp_path: Path) -> None:
+    words = [*SEARCH, "optim.lr=interval(0.01,0.1)", "sweep.trials=8"]
+    whole = tmp_path / "whole"
+    ended = server.run(faults.program, [*words, f"out={whole}"])
+    assert ended.code == 0
+    chance, kills, goal, runs = random.Random(1), 0, many(4, 50), 0
+    while kills < goal:
+        runs += 1
+        sweep = tmp_path / f"sweep{runs}"
+        sweep.mkdir()
+        while True:
+            before = states(sweep)
+            child = server.start(faults.program_in_group, [*words, f"sweep.resume={sweep}"])
+            time.sleep(chance.uniform(0.2, 0.9) * ended.seconds)
+            kill_group(child)
+            code = child.wait().code
+            assert before.items() <= states(sweep).items()
+            if code == 0:
+                break
+            assert code == -9
+            kills += 1
+        done = [trial for trial in history(sweep) if trial[0] == "complete"]
+        assert done == history(whole)
+        for name, path in folders(sweep).items():
+            assert outcome_of(path) == outcome_of(whole / name)
+    figure("SIGKILL of a search at a random instant, then resume", kills, runs=runs)
+
+
+def test_half_a_line_in_the_journal_is_dropped(mnist_cli: Program) -> None:
+    assert mnist_cli(*SEARCH, "sweep.trials=2", "out=a").code == 0
+    with open("a/search.journal", "ab") as file:
+        file.write(b'{"op_code":4,"worker_id')
+    Path("a/search.journal.lock").symlink_to("a/search.journal")
+    assert mnist_cli(*SEARCH, "sweep.trials=3", "sweep.resume=a").code == 0
+    assert len(history(Path("a"))) == 3
+
+
+def test_a_search_with_two_at_once(server: Server, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    words = [*SEARCH, "sweep.trials=12", "sweep.pruner=median", "sweep.jobs=2", f"out={sweep}"]
+    assert server.run(faults.program, words).code in (0, 1)
+    trials = history(sweep)
+    assert len(trials) == 12 and {trial[0] for trial in trials} <= {"complete", "pruned", "fail"}
+    assert {trial[4] for trial in trials} == set(folders(sweep))
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "hint"),
+    [
+        (("sweep.trials=3",), "'sweep.trials=3' is for a search", "add sweep.search=optuna"),
+        (("optim.lr=interval(0.1,1)",), "can't be counted", "add sweep.search=optuna"),
+        (("sweep.search=optuna",), "has nothing to choose", "interval(1e-4, 1e-1)"),
+        (("sweep.search=optuna", "seed=0,1"), "doesn't choose the seed", "one seed"),
+        (("sweep.search=optuna", "optim.lr=interval(-1,1)"), "optim.lr=-1 is out of", "above 0"),
+        (("sweep.search=optuna", "optim.lr=interval(1,0.1)"), "no range to search", "smaller end"),
+        (("sweep.search=optuna", "optim.lr=tag(log,interval(0,1))"), "no range", "above 0"),
+        (("sweep.search=optuna", "optim=adam,adm"), "no optim 'adm'", "adam"),
+        (("sweep.search=optuna", "sweep.objectives=[speed]"), "'speed'", "num_params"),
+        (
+            ("sweep.search=optuna", "optim=adam,sgd", "sweep.objectives=[val_mse]"),
+            "val_mse, which dataset=digits has not", "val_accuracy",
+        ),
+        (
+            ("sweep.search=optuna", "sweep.objectives=[val_loss,train_s]", "sweep.pruner=median"),
+            "compares one value", "sweep.pruner=none",
+        ),
+        (
+            ("sweep.search=optuna", "optim=adam,sgd", "dataset.val_fraction=0"),
+            "leaves none", "val_fraction=0.1",
+        ),
+        (
+            ("sweep.search=optuna", "optim.lr=interval(0.1,1)", "sweep.sampler=grid"),
+            "can't count the values of optim.lr", "another sampler",
+        ),
+        (("sweep.search=random",), "sweep.search='random' is not a choice", "grid, optuna"),
+    ],
+)  # fmt: skip
+def test_a_search_is_checked(
+    mnist_cli: Program, words: tuple[str, ...], error: str, hint: str
+) -> None:
+    outcome = mnist_cli("train", "-m", *TINY, *words)
+    assert outcome.code == 2
+    assert error in outcome.error and hint in outcome.hint
+    assert os.listdir() == []
+
+
+def test_another_search_does_not_go_on_in_the_folder(mnist_cli: Program) -> None:
+    assert mnist_cli(*SEARCH, "sweep.trials=1", "out=a").code == 0
+    outcome = mnist_cli(*SEARCH, "optim=adam,adamw", "sweep.trials=2", "sweep.resume=a")
+    assert outcome.code == 2 and "holds a search of" in outcome.error
+    with durable.locked(Path("a")):
+        assert mnist_cli(*SEARCH, "sweep.trials=2", "sweep.resume=a").code == 7
+
+
+def test_without_optuna_the_hint_says_what_to_install(
+    mnist_cli: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    outcome = mnist_cli(*SEARCH)
+    assert (outcome.code, outcome.hint) == (2, "type pip install 'mnist-cli[optuna]'")
+    assert os.listdir() == []

@@ -3,6 +3,7 @@
     job          its folder, how it is run, how its failure is recorded
     pool         one job after the other here, or several at once in worker processes
     worker       such a process
+    search       Optuna in place of a list of jobs
     board        what a person sees meanwhile
     leaderboard  what came of it, made of what lies in the folder
 
@@ -19,10 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mnist_cli import durable
 from mnist_cli.config import SweepConfig, TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import MnistCliError, SweepError
 from mnist_cli.sweep import leaderboard, pool
+from mnist_cli.sweep import search as searching
 from mnist_cli.sweep.board import Board
 from mnist_cli.sweep.job import (
     Document,
@@ -35,6 +38,7 @@ from mnist_cli.sweep.job import (
     result_of,
     run_job,
 )
+from mnist_cli.sweep.search import Search, Space
 
 __all__ = [
     "Job",
@@ -47,6 +51,7 @@ __all__ = [
     "placed",
     "run",
     "run_job",
+    "run_search",
 ]
 
 
@@ -71,13 +76,14 @@ def run(
     assert folder is not None
     labels: dict[str, tuple[Job, str]] = {}
     for job in jobs:
-        there = placed(job, folder, jobs)
-        labels.setdefault(_out(there), (there, difference(job, jobs)))
+        label = difference(job, jobs)
+        there = placed(job, folder, label)
+        labels.setdefault(_out(there), (there, label))
     with console.live_table() as live:
         board = Board(console, live, len(labels))
         grid = Grid([job for job, _ in labels.values()], settings, board)
-        for job, label in labels.values():
-            board.add(job, label or "as it stands")
+        for number, (job, label) in enumerate(labels.values(), 1):
+            board.add(job, label or "as it stands", number)
         stopped_by = pool.run(grid, settings.jobs)
     documents = [grid.documents[out] for out in labels if out in grid.documents]
     if stopped_by is None:
@@ -85,6 +91,46 @@ def run(
             if out in grid.documents:
                 draw(job, grid.documents[out], console)
     return finish(console, folder, documents, len(labels), stopped_by)
+
+
+def run_search(
+    space: Space,
+    first: Job,
+    make_job: Callable[[Sequence[str]], Job],
+    settings: SweepConfig,
+    console: Console,
+    draw: Callable[[Job, Document, Console], None],
+) -> int:
+    """Let Optuna choose the jobs, out of `space`; see `search.py`.
+
+    Args:
+        first: a job like those that will be made.
+        make_job: composes and checks the job of the overrides that were chosen.
+        draw: as in `run`.
+
+    Returns:
+        The exit code, as `run` does.
+
+    Raises:
+        UsageError: nothing was written.
+        LockedError: another search is at it in the same folder.
+    """
+    assert isinstance(first.config, TrainConfig)
+    objectives = searching.check(settings, first.config)
+    if settings.sampler == "grid":
+        searching.check_grid(space)
+    folder = folder_of([first], settings)
+    assert folder is not None
+    with durable.locked(folder):
+        plan = Search(folder, space, make_job, settings, objectives, first.config)
+        with console.live_table() as live:
+            plan.board = Board(console, live, settings.trials, plan.num_done)
+            stopped_by = pool.run(plan, settings.jobs)
+        if stopped_by is None:
+            for document in plan.documents:
+                draw(first, document, console)
+        left = max(settings.trials - plan.num_done, 0)
+        return finish(console, folder, plan.documents, left, stopped_by, plan.summary())
 
 
 class Grid:
@@ -134,6 +180,7 @@ def finish(
     documents: Sequence[Document] | None,
     num_jobs: int | None = None,
     stopped_by: int | None = None,
+    of_search: dict[str, Any] | None = None,
 ) -> int:
     """Write and show the leaderboard of all that lies in `folder`, and return the exit code.
 
@@ -141,13 +188,17 @@ def finish(
         documents: of the jobs of this command; None where they ran elsewhere: all in the folder.
         num_jobs: how many were asked for, None for as many as there are documents.
         stopped_by: the number of the signal that ended the sweep early.
+        of_search: what a search adds to leaderboard.json.
     """
     if documents is None:
         documents = leaderboard.results_in(folder)
-    failures = {Path(d["run_dir"]).name: d["error"] for d in documents if "exit_code" in d}
-    board = leaderboard.build(folder, failures)
+    failed = [document for document in documents if has_failed(document)]
+    failures = {Path(d["run_dir"] or "").name: d["error"] for d in failed if "exit_code" in d}
+    board = leaderboard.build(folder, failures) | (of_search or {})
     leaderboard.write(folder, board)
     leaderboard.show(board, console)
+    if of_search is not None:
+        searching.show(board, console.say)
     console.say(f"sweep    {folder}")
     document = {
         "sweep_dir": str(folder),
@@ -156,7 +207,6 @@ def finish(
         "winner": board["winner"],
     }
     num_jobs = len(documents) if num_jobs is None else num_jobs
-    failed = [document for document in documents if has_failed(document)]
     again = f"type the command again with {shlex.quote(f'sweep.resume={folder}')}"
     if stopped_by is not None:
         left = num_jobs - len(documents) + len(failed)

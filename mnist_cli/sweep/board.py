@@ -37,13 +37,16 @@ class Line:
 class Board:
     """The state of every job, drawn in `live`, or said through `console` where that is None."""
 
-    def __init__(self, console: Console, live: LiveTable | None, total: int) -> None:
+    def __init__(
+        self, console: Console, live: LiveTable | None, total: int, num_before: int = 0
+    ) -> None:
         self._console, self._live, self._total = console, live, total
+        self._num_before = num_before
         self._lines: dict[str, Line] = {}
         self._ended: list[Line] = []
 
-    def add(self, job: Job, label: str) -> None:
-        self._lines[_key(job)] = Line(len(self._lines) + 1, label)
+    def add(self, job: Job, label: str, number: int) -> None:
+        self._lines[_key(job)] = Line(number, label)
 
     def skipped(self, job: Job, document: Document) -> None:
         self._end(job, document, "done before")
@@ -78,7 +81,8 @@ class Board:
         room = max(1, self._live.num_rows - len(running))
         shown = self._ended[-max(1, room - min(len(waiting), 3)) :] + running
         shown += waiting[: max(0, self._live.num_rows - len(shown))]
-        counts = {"running": len(running), "to come": self._total - len(self._ended) - len(running)}
+        left = self._total - self._num_before - len(self._ended) - len(running)
+        counts = {"running": len(running), "to come": left, "done before": self._num_before}
         for line in self._ended:
             counts[line.state] = counts.get(line.state, 0) + 1
         caption = ", ".join(f"{count} {state}" for state, count in counts.items() if count)

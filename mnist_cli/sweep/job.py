@@ -95,13 +95,13 @@ def difference(job: Job, jobs: Sequence[Job]) -> str:
     return " ".join(word for word in job.words if word not in shared)
 
 
-def placed(job: Job, folder: Path, jobs: Sequence[Job]) -> Job:
-    """`job` with a run folder of its own: a slug of what differs, and a hash of everything.
+def placed(job: Job, folder: Path, label: str) -> Job:
+    """`job` with a run folder of its own: its `label`, as far as it goes, and a hash of everything.
 
     A folder of the same hash is continued, as `resume=auto` does.
     """
     assert isinstance(job.config, TrainConfig)
-    slug = re.sub(r"[^A-Za-z0-9.=_+-]+", "_", difference(job, jobs).replace(" ", ","))[:60]
+    slug = re.sub(r"[^A-Za-z0-9.=_+-]+", "_", label.replace(" ", ","))[:60]
     ending = f"-{config_hash(job.config)[:8]}"
     path = folder / f"{slug.strip('_.') or 'job'}{ending}"
     if not path.exists():  # the words may be others than they were; the hash knows no device
@@ -116,11 +116,14 @@ def _device_of(folder: Path) -> str | None:
     return leaderboard.command_in(folder).get("device")
 
 
-def result_of(job: Job) -> Document | None:
-    """result.json of a job that is done; None of one that is to be run."""
+def result_of(job: Job, with_pruned: bool = False) -> Document | None:
+    """result.json of a job that is done, or that was given up; None of one that is to be run."""
     assert isinstance(job.config, TrainConfig) and job.config.out is not None
     result = RunFolder(Path(job.config.out)).read_result()
-    return result if result and runs.is_complete(result, job.config) else None
+    if result is None or result["config_hash"] != config_hash(job.config):
+        return None
+    done = ("completed", "pruned") if with_pruned else ("completed",)
+    return result if leaderboard.state_of(result) in done else None
 
 
 def run_job(
@@ -153,9 +156,9 @@ def run_job(
         return document
 
 
-def failure(error: BaseException, job: Job) -> Document:
-    """The document of a job that failed, or that a signal stopped."""
-    where = {"run_dir": job.config.out}
+def failure(error: BaseException, job: Job | None) -> Document:
+    """The document of a job that failed, or that a signal stopped; None for one without a place."""
+    where = {"run_dir": None if job is None else job.config.out}
     if isinstance(error, MnistCliError | Interrupted):
         document = getattr(error, "document", None)
         answers = {} if document is None else {"answers": document}

@@ -311,6 +311,8 @@ def _spread(metric: str, mean: float | None, std: float | None, so_far: float | 
 
 def number(metric: str | None, value: float) -> str:
     """A value of `metric` as people read it."""
+    if metric == "num_params":
+        return f"{value:,.0f}"
     return f"{value:.2%}" if metric is not None and "accuracy" in metric else f"{value:.4f}"
 
 
