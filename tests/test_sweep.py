@@ -595,6 +595,7 @@ def test_what_lies_behind_is_given_up_and_is_no_failure(mnist_cli: Program, prun
     board = board_of(Path("a"))
     assert board["winner"]["config"]["optim.lr"] in (0.1, 0.05, 0.02)
     assert sum(row["state"] == "pruned" for row in board["rows"]) == len(pruned)
+    assert sum(trial["state"] == "pruned" for trial in board["history"]) == len(pruned)
     assert all(not row["failed"] for row in board["rows"])
     again = mnist_cli("train", f"resume={pruned[0]['run_dir']}", "--quiet")
     assert again == (0, "", "")
