@@ -136,7 +136,7 @@ def test_what_is_printed_to_type_next_names_the_plugin(
 ) -> None:
     words = ("train", "plugin=my_models", "model=tiny", "dataset=digits", "epochs=1")
     said = mnist_cli(*words, f"out={tmp_path / 'run'}").stdout.splitlines()
-    following = said[-2].split()[-2:]
+    following = next(line for line in said if "mnist-cli eval" in line).split()[-2:]
     assert following == [f"checkpoint={tmp_path / 'run'}", "plugin=my_models"]
     assert mnist_cli("eval", *following).code == 0
 

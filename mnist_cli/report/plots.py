@@ -5,6 +5,8 @@ a CSS variable of the page. So one drawing serves light, dark and paper. No text
 drawn: class names and paths stand in the page, which escapes them.
 """
 
+# ruff: noqa: E402 - matplotlib tells of its folders and fonts while it is imported
+
 from __future__ import annotations
 
 import io
@@ -13,6 +15,8 @@ import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 import matplotlib
 from markupsafe import Markup
@@ -60,8 +64,6 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
 }
-
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
 
 
 class Line(NamedTuple):
