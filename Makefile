@@ -4,6 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 HYDRA_NEXT := 1.4.0rc3
 NEXT := .venv-hydra-next
+PEERS_STAMP := .venv-peers/installed
 DEMO := outputs/demo/$(shell echo $$(date +%Y-%m-%d_%H-%M-%S)_$$PPID)
 
 .DEFAULT_GOAL := help
@@ -36,8 +37,8 @@ lint: $(STAMP)  ## check format, style and types
 
 check: lint test  ## what CI runs: lint and test
 
-bench: $(STAMP)  ## measure speed
-	$(BIN)/python benchmarks/run.py
+bench: $(STAMP) $(if $(PEERS),$(PEERS_STAMP))  ## measure speed; PEERS=1 beside Keras, JAX and Lightning too
+	$(BIN)/python benchmarks/run.py $(if $(PEERS),--peers-python .venv-peers/bin/python) $(BENCH)
 
 torture: $(STAMP)  ## kill, corrupt and starve runs, for a long time
 	$(BIN)/python -m pytest tests/torture
@@ -50,9 +51,12 @@ lock: $(STAMP)  ## write requirements.txt anew after a change of pyproject.toml;
 	echo 'hydra-core==$(HYDRA_NEXT)' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --prerelease allow \
 		--output-file requirements-hydra-next.txt -
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --custom-compile-command 'make lock' --constraint requirements.txt \
+		--output-file benchmarks/requirements.txt benchmarks/requirements.in
 
 clean:  ## remove .venv, caches and builds; outputs/ stays
-	rm -rf .venv $(NEXT) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv $(NEXT) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
@@ -71,4 +75,10 @@ $(STAMP): requirements.txt pyproject.toml
 		--build-constraint requirements.txt requirements.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m compileall -q mnist_cli
+	@touch $@
+
+$(PEERS_STAMP): $(STAMP) benchmarks/requirements.txt
+	$(BIN)/python -m venv --clear --without-pip .venv-peers
+	$(BIN)/uv pip sync --quiet --python .venv-peers/bin/python --require-hashes --compile-bytecode \
+		benchmarks/requirements.txt
 	@touch $@

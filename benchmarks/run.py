@@ -6,33 +6,44 @@ the least and the largest. `of the limit` is the time that the counted floating-
 would need at the rate of a large matrix product, measured before and after, over our own time in
 the loop. A row whose accuracy is more than 0.1 points below the peer's is void.
 
-    python benchmarks/run.py [--pairs 3] [--only mlp] [--data DIR]
+    python benchmarks/run.py [--pairs 3] [--only mlp] [--data DIR] [--peers-python .venv-peers/...]
+        [--examples DIR] [--template DIR]
+
+Rows are kept in outputs/bench/ as they come, so that a part can be measured again; RESULTS.md shows
+the newest of each. Peers that aren't there are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
 import gzip
 import json
 import os
 import platform
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 HERE = Path(__file__).resolve().parent
+ROWS = HERE.parent / "outputs" / "bench"
 FILES = ("train-images", "train-labels", "t10k-images", "t10k-labels")
+INSTALLED = ("textbook", "strong", "scikit-learn")  # with .venv; the others have their own
+EXAMPLES, TEMPLATE = "pytorch/examples", "lightning-hydra-template"
 
 
 class Work(NamedTuple):
-    """One row: what is trained, and its cost in floating-point operations per image."""
+    """What is trained, its cost in floating-point operations per image, and by whom else."""
 
     name: str
     model: str
@@ -40,101 +51,252 @@ class Work(NamedTuple):
     batch_size: int
     epochs: int
     flop_per_image: float | None
+    peers: tuple[str, ...]
+    ours: tuple[str, ...] = ()  # what else we are told, to do the same work
 
 
+MLP, CNN, CNN_DROPOUT = 2.407e6, 24.995e6, 71.565e6
 WORKS = (
-    Work("linear, batch 128, 5 epochs", "linear", "adam", 128, 5, None),
-    Work("mlp, Adam, batch 64", "mlp", "adam", 64, 2, 2.407e6),
-    Work("mlp, Adam, batch 256", "mlp", "adam", 256, 2, 2.407e6),
-    Work("cnn, Adam, batch 64", "cnn", "adam", 64, 1, 24.995e6),
-    Work("cnn_dropout, Adadelta, batch 64", "cnn_dropout", "adadelta", 64, 1, 71.565e6),
-)
+    Work(
+        "linear, batch 128, 5 epochs", "linear", "adam", 128, 5, None,
+        ("textbook", "strong", "scikit-learn", "jax"),
+    ),
+    Work("mlp, Adam, batch 64", "mlp", "adam", 64, 2, MLP, ("textbook", "strong", "keras", "jax")),
+    Work("mlp, Adam, batch 256", "mlp", "adam", 256, 2, MLP, ("textbook", "strong")),
+    Work(
+        "mlp without dropout, Adam, batch 64", "mlp", "adam", 64, 2, MLP, ("scikit-learn",),
+        ("model.dropout=0",),
+    ),
+    Work(
+        "mlp 64-128-64, Adam, batch 128 (the template adds batch norms)", "mlp", "adam", 128, 2,
+        None, (TEMPLATE,), ("model.hidden=[64,128,64]", "model.dropout=0"),
+    ),
+    Work("cnn, Adam, batch 64", "cnn", "adam", 64, 1, CNN, ("textbook", "strong", "keras")),
+    Work(
+        "cnn_dropout, Adadelta, batch 64", "cnn_dropout", "adadelta", 64, 1, CNN_DROPOUT,
+        ("textbook", "strong", EXAMPLES),
+    ),
+)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--only", help="a part of the names of the rows to run")
+    parser.add_argument("--only", default="", help="a part of the names of the rows to measure")
     parser.add_argument("--data", default=os.environ.get("MNIST_CLI_DATA"))
+    parser.add_argument("--peers-python", help="a Python with benchmarks/requirements.txt")
+    parser.add_argument("--examples", help="a checkout of pytorch/examples")
+    parser.add_argument("--template", help="a checkout of ashleve/lightning-hydra-template")
     options = parser.parse_args()
     if not options.data:
         sys.exit("error: no data\nhint: set MNIST_CLI_DATA to a folder with MNIST's four files")
+    ROWS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        unpack(Path(options.data), Path(folder))
-        rows = [
-            measure(work, peer, options.pairs, options.data, folder)
-            for work in WORKS
-            if options.only is None or options.only in work.name
-            for peer in ("textbook", "strong")
-        ]
-    text = report(rows, options.pairs)
+        bench = Bench(options, Path(folder))
+        for work in WORKS:
+            for peer in work.peers:
+                if options.only in f"{work.name}, {peer}" and bench.has(peer):
+                    keep("training", f"{work.name}, {peer}", bench.training(work, peer))
+        if options.only in "eval":
+            keep("eval", "eval of 10,000 images by a cnn", bench.evaluation())
+        if options.only in "start and memory":
+            for name, row in bench.processes().items():
+                keep("process", name, row)
+    text = report()
     print(text)
-    if options.only is None:
-        (HERE / "RESULTS.md").write_text(text)
+    (HERE / "RESULTS.md").write_text(text)
 
 
-def unpack(source: Path, target: Path) -> None:
-    """MNIST as torchvision lays it out, for the peers."""
-    raw = target / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in FILES:
-        path = source / f"{name}-idx{3 if 'images' in name else 1}-ubyte.gz"
-        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+class Run(NamedTuple):
+    """Of one process: what it said, its wall time in seconds, its largest memory in MB."""
+
+    said: str
+    wall_s: float
+    peak_mb: float
 
 
-def measure(work: Work, peer: str, pairs: int, data: str, unpacked: str) -> dict[str, Any]:
-    """Run our program and a peer in turn, `pairs` times each."""
-    ours, theirs, rates = [], [], [matrix_rate()]
-    for seed in range(pairs):
-        ours.append(run_ours(work, seed, data))
-        theirs.append(run_peer(work, peer, seed, unpacked))
-        rates.append(matrix_rate())
-        print(f"{work.name} against {peer}: pair {seed + 1}/{pairs}", file=sys.stderr, flush=True)
-    loop = statistics.median(one["train_s"] for one in ours)
-    floor = None
-    if work.flop_per_image:
-        floor = work.flop_per_image * 60_000 * work.epochs / statistics.median(rates)
-    return {
-        "work": work.name,
-        "peer": peer,
-        "wall": [b["wall_s"] / a["wall_s"] for a, b in zip(ours, theirs, strict=True)],
-        "loop": [b["train_s"] / a["train_s"] for a, b in zip(ours, theirs, strict=True)],
-        "accuracy": statistics.mean(one["accuracy"] for one in ours),
-        "peer_accuracy": statistics.mean(one["accuracy"] for one in theirs),
-        "of_limit": floor / loop if floor else None,
-    }
+def timed(command: Sequence[str], *, cwd: Path | None = None, code: int = 0, **env: str) -> Run:
+    """Run a command to its end, which must be `code`."""
+    with tempfile.TemporaryFile("w+") as out:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.DEVNULL, cwd=cwd, env=os.environ | env
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        wall_s = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != code:
+            sys.exit(f"error: exit code {process.returncode} of {' '.join(command)}")
+        out.seek(0)
+        return Run(out.read(), wall_s, usage.ru_maxrss / 1024)
 
 
-def run_ours(work: Work, seed: int, data: str) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
+class Bench:
+    """The commands that are measured, on data that is unpacked once into `folder`."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.data = folder / "data"
+        raw = self.data / "MNIST" / "raw"  # as torchvision lays it out
+        raw.mkdir(parents=True)
+        (folder / "examples").mkdir()
+        for name in FILES:
+            path = Path(options.data) / f"{name}-idx{3 if 'images' in name else 1}-ubyte.gz"
+            (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+
+    def has(self, peer: str) -> bool:
+        if peer == EXAMPLES:
+            return bool(self.options.examples)
+        if peer == TEMPLATE:
+            return bool(self.options.template and self.options.peers_python)
+        return peer in INSTALLED or bool(self.options.peers_python)
+
+    def training(self, work: Work, peer: str) -> dict[str, Any]:
+        """Run our program and a peer in turn."""
+        ours, theirs, rates = [], [], [matrix_rate()]
+        for seed in range(self.options.pairs):
+            ours.append(self.train_ours(work, seed))
+            theirs.append(self.train_peer(work, peer, seed))
+            rates.append(matrix_rate())
+            told = f"{work.name} against {peer}: pair {seed + 1}/{self.options.pairs}"
+            print(told, file=sys.stderr, flush=True)
+        loop = statistics.median(one["train_s"] for one in ours)
+        floor = None
+        if work.flop_per_image:
+            floor = work.flop_per_image * 60_000 * work.epochs / statistics.median(rates)
+        return {
+            "work": work.name,
+            "peer": peer,
+            "wall": ratios([one["wall_s"] for one in ours], [one["wall_s"] for one in theirs]),
+            "loop": None
+            if None in (one["train_s"] for one in theirs)
+            else ratios([one["train_s"] for one in ours], [one["train_s"] for one in theirs]),
+            "accuracy": statistics.mean(one["accuracy"] for one in ours),
+            "peer_accuracy": statistics.mean(one["accuracy"] for one in theirs),
+            "of_limit": floor / loop if floor else None,
+        }
+
+    def train_ours(self, work: Work, seed: int, out: Path | None = None) -> dict[str, Any]:
+        out = out or self.folder / "ours"
+        shutil.rmtree(out, ignore_errors=True)
+        done = timed([
             sys.executable, "-m", "mnist_cli", "train", f"model={work.model}",
             f"optim={work.optim}", f"batch_size={work.batch_size}", f"epochs={work.epochs}",
-            f"seed={seed}", "dataset.val_fraction=0", f"dataset.root={data}",
-            f"out={folder}/run", "--json", "--quiet",
+            f"seed={seed}", "dataset.val_fraction=0", f"dataset.root={self.options.data}",
+            *work.ours, f"out={out}", "report=false", "--json", "--quiet",
+        ])  # fmt: skip
+        result = json.loads(done.said)
+        return {
+            "accuracy": result["test"]["accuracy"],
+            "train_s": result["time"]["train_s"],
+            "wall_s": done.wall_s,
+        }
+
+    def train_peer(self, work: Work, peer: str, seed: int) -> dict[str, Any]:
+        if peer == EXAMPLES:
+            done = timed(
+                [sys.executable, str(Path(self.options.examples).resolve() / "mnist" / "main.py"),
+                 "--epochs", str(work.epochs), "--batch-size", str(work.batch_size),
+                 "--seed", str(seed)],
+                cwd=self.data.parent / "examples",  # it reads ../data
+            )  # fmt: skip
+            hits = re.findall(r"Accuracy: (\d+)/10000", done.said)[-1]
+            return {"accuracy": int(hits) / 10_000, "train_s": None, "wall_s": done.wall_s}
+        if peer == TEMPLATE:
+            return self.train_template(work, seed)
+        python = sys.executable if peer in INSTALLED else self.options.peers_python
+        done = timed([python, *self.peer(peer, work), "--seed", str(seed)])
+        return json.loads(done.said) | {"wall_s": done.wall_s}
+
+    def train_template(self, work: Work, seed: int) -> dict[str, Any]:
+        logs = self.folder / "template"
+        shutil.rmtree(logs, ignore_errors=True)
+        done = timed(
+            [self.options.peers_python, "src/train.py", "trainer=cpu",
+             f"trainer.max_epochs={work.epochs}", f"data.batch_size={work.batch_size}",
+             f"paths.data_dir={self.data}/", f"paths.log_dir={logs}", f"seed={seed}",
+             "callbacks.rich_progress_bar=null", "logger=csv"],
+            cwd=Path(self.options.template),
+            TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1",  # it was written for an older torch
+        )  # fmt: skip
+        (table,) = logs.rglob("metrics.csv")
+        with table.open() as lines:
+            accuracy = [row["test/acc"] for row in csv.DictReader(lines) if row["test/acc"]][-1]
+        return {"accuracy": float(accuracy), "train_s": None, "wall_s": done.wall_s}
+
+    def peer(self, peer: str, work: Work) -> list[str]:
+        return [
+            str(HERE / "peers.py"), peer, "--work", work.model, "--optim", work.optim,
+            "--batch-size", str(work.batch_size), "--epochs", str(work.epochs),
+            "--data", str(self.data),
         ]  # fmt: skip
-        found, wall_s = timed(command)
-    return {
-        "accuracy": found["test"]["accuracy"],
-        "train_s": found["time"]["train_s"],
-        "wall_s": wall_s,
-    }
+
+    def evaluation(self) -> dict[str, Any]:
+        """Weights of one epoch of each, evaluated as whole processes."""
+        (work,) = (one for one in WORKS if one.name.startswith("cnn, "))
+        run, weights = self.folder / "run", self.folder / "weights.pt"
+        self.train_ours(work, 0, run)
+        theirs = [sys.executable, *self.peer("textbook", work)]
+        timed([*theirs, "--save", str(weights)])
+        ours = [sys.executable, "-m", "mnist_cli", "eval", f"checkpoint={run}",
+                f"dataset.root={self.options.data}", "--json", "--quiet"]  # fmt: skip
+        pairs = [
+            (timed(ours), timed([*theirs, "--weights", str(weights)]), timed(TORCH))
+            for _ in range(5)
+        ]
+        return {
+            "work": "eval of 10,000 images by a cnn",
+            "wall": ratios([a.wall_s for a, _, _ in pairs], [b.wall_s for _, b, _ in pairs]),
+            "over_import": ratios([c.wall_s for *_, c in pairs], [a.wall_s for a, *_ in pairs]),
+            "peer_over_import": ratios(
+                [c.wall_s for *_, c in pairs], [b.wall_s for _, b, _ in pairs]
+            ),
+        }
+
+    def processes(self) -> dict[str, dict[str, Any]]:
+        """Start and memory, each beside what nothing can do without."""
+        program = [sys.executable, "-m", "mnist_cli"]
+        run = self.folder / "process"
+
+        def fresh(*words: str) -> Callable[[], Run]:
+            def measure() -> Run:
+                shutil.rmtree(run, ignore_errors=True)
+                return timed([*program, "train", *words, f"out={run}", "--quiet"])
+
+            return measure
+
+        digits = ("model=mlp", "dataset=digits", "epochs=1")
+        mnist = ("model=mlp", f"dataset.root={self.options.data}", "epochs=1")
+        bare = [sys.executable, "-c", "pass"]
+        commands: dict[str, tuple[Sequence[str], Callable[[], Run]]] = {
+            "`--help`": (bare, lambda: timed([*program, "--help"])),
+            "`train --help`": (bare, lambda: timed([*program, "train", "--help"])),
+            "`list`": (bare, lambda: timed([*program, "list"])),
+            "a usage error (`model=cnnn`)": (
+                bare,
+                lambda: timed([*program, "train", "model=cnnn"], code=2),
+            ),
+            "1 epoch of `digits`": (TORCH, fresh(*digits, "report=false")),
+            "the same with its report": (TORCH, fresh(*digits)),
+            "1 epoch of MNIST, `mlp`": (TORCH, fresh(*mnist, "report=false")),
+        }
+        rows = {}
+        for name, (base, command) in commands.items():
+            command()  # fills the cache of decoded data and the disk cache
+            pairs = [(timed(base), command()) for _ in range(7)]
+            rows[name] = {
+                "command": name,
+                "beside": "`python -c pass`" if base == bare else "`import torch`",
+                "wall": statistics.median(b.wall_s for _, b in pairs),
+                "base": statistics.median(a.wall_s for a, _ in pairs),
+                "more_s": spread_of([b.wall_s - a.wall_s for a, b in pairs]),
+                "more_mb": spread_of([b.peak_mb - a.peak_mb for a, b in pairs]),
+            }
+            print(name, file=sys.stderr, flush=True)
+        return rows
 
 
-def run_peer(work: Work, peer: str, seed: int, unpacked: str) -> dict[str, float]:
-    command = [
-        sys.executable, str(HERE / "peers.py"), peer, "--work", work.model, "--optim", work.optim,
-        "--batch-size", str(work.batch_size), "--epochs", str(work.epochs), "--seed", str(seed),
-        "--data", unpacked,
-    ]  # fmt: skip
-    found, wall_s = timed(command)
-    return found | {"wall_s": wall_s}
-
-
-def timed(command: list[str]) -> tuple[dict[str, Any], float]:
-    started = time.perf_counter()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout), time.perf_counter() - started
+TORCH = [sys.executable, "-c", "import torch"]
 
 
 def matrix_rate(size: int = 1024) -> float:
@@ -148,36 +310,98 @@ def matrix_rate(size: int = 1024) -> float:
     return 2 * size**3 / best
 
 
-def report(rows: list[dict[str, Any]], pairs: int) -> str:
-    """The table as Markdown."""
+# --- the report ----------------------------------------------------------------------------------
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Theirs over ours, pair by pair: median, least, largest."""
+    return spread_of([b / a for a, b in zip(ours, theirs, strict=True)])
+
+
+def spread_of(values: Sequence[float]) -> tuple[float, float, float]:
+    return statistics.median(values), min(values), max(values)
+
+
+def keep(section: str, name: str, row: dict[str, Any]) -> None:
+    row |= {
+        "date": str(datetime.date.today()),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    (ROWS / f"{section}-{slug}.json").write_text(json.dumps(row))
+
+
+def kept(section: str) -> list[dict[str, Any]]:
+    found = sorted(ROWS.glob(f"{section}-*.json"), key=lambda path: path.stat().st_mtime)
+    return [json.loads(path.read_text()) for path in found]
+
+
+def report() -> str:
+    """All rows as Markdown."""
+    training, evaluation, processes = (kept(name) for name in ("training", "eval", "process"))
+    order = [(work.name, peer) for work in WORKS for peer in work.peers]
+    training.sort(key=lambda row: order.index((row["work"], row["peer"])))
+    rows = [*training, *evaluation, *processes]
+    dates = sorted({row["date"] for row in rows})
+    versions = "; ".join(sorted({row["versions"] for row in rows}))
+    threads = "/".join(sorted({str(row["threads"]) for row in rows}))
+    cpus = "/".join(sorted({row["cpu"] for row in rows}))
     lines = [
         "# Benchmark results",
         "",
-        f"`make bench` on {datetime.date.today()}: Python {platform.python_version()},"
-        f" torch {torch.__version__}, {torch.get_num_threads()} threads,"
-        f" {torch.backends.cpu.get_cpu_capability()}; {pairs} interleaved pairs each.",
-        "Ratios are peer over ours: median (least to largest).",
+        f"`make bench` of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}: {versions},"
+        f' {threads} threads, {cpus}; see the README\'s "Speed" for what is measured and how.',
+        "",
+        "## Training",
+        "",
+        "Ratios are peer over ours, so above 1 we are faster: median (least to largest) of"
+        " interleaved pairs.",
         "",
         "| work | peer | loop | whole process | accuracy ours / peer | of the limit |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in training:
         void = row["accuracy"] < row["peer_accuracy"] - 0.001
         limit = f"{row['of_limit']:.0%}" if row["of_limit"] else ""
+        loop = shown(row["loop"]) if row["loop"] else ""
         cells = [
             row["work"],
             row["peer"],
-            "void" if void else spread(row["loop"]),
-            "void" if void else spread(row["wall"]),
+            "void" if void else loop,
+            "void" if void else shown(row["wall"]),
             f"{row['accuracy']:.2%} / {row['peer_accuracy']:.2%}",
             limit,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Evaluation", ""]
+    lines += ["| work | textbook over ours | ours over `import torch` | textbook over it |"]
+    lines += ["|---|---|---|---|"]
+    for row in evaluation:
+        cells = [
+            row["work"],
+            *map(shown, (row["wall"], row["over_import"], row["peer_over_import"])),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Start and memory", ""]
+    lines += ["| command | seconds | beside | its seconds | more seconds | more MB at the peak |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in processes:
+        cells = [
+            row["command"],
+            f"{row['wall']:.3f}",
+            row["beside"],
+            f"{row['base']:.3f}",
+            shown(row["more_s"]),
+            "{:.0f} ({:.0f} to {:.0f})".format(*row["more_mb"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def spread(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+def shown(spread: Sequence[float]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*spread)
 
 
 if __name__ == "__main__":
