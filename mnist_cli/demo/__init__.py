@@ -54,7 +54,7 @@ def run(config: DemoConfig, console: Console) -> None:
                 _open_browser(url)
             serving.run(sockets=[listening])
         except (KeyboardInterrupt, Interrupted):
-            console.say("stopped")
+            console.say("\nstopped")  # behind the ^C that a terminal shows
 
 
 def _listening(port: int) -> socket.socket:
@@ -96,13 +96,13 @@ def facts_of(model: Trained) -> dict[str, str]:
         return facts
     best = progress.best
     if progress.step != best.step:
-        return facts | {"epoch": f"not the selected one, but that of step {progress.step:,}"}
-    facts["epoch"] = f"{best.epoch:,}"
-    if best.monitor is not None and best.value is not None:
-        facts["epoch"] += f", selected by {best.monitor}"
-        facts[best.monitor.replace("_", " ")] = scoring.cell(
-            best.monitor.removeprefix("val_"), best.value
-        )
+        return facts | {"step": f"{progress.step:,}, not the selected one"}
+    if best.monitor is None:  # there was no validation split
+        facts["last epoch"] = f"{best.epoch:,}"
+    else:
+        name = best.monitor.removeprefix("val_")
+        facts["selected epoch"] = f"{best.epoch:,}"
+        facts[f"validation {name}"] = scoring.cell(name, best.value)
     accuracy = _test_accuracy(model, best.step)
     return facts if accuracy is None else facts | {"test accuracy": f"{accuracy:.2%}"}
 
