@@ -23,11 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from mnist_cli import conf, plugin
 from mnist_cli.config import (
+    DemoConfig,
     EvalConfig,
     PredictConfig,
     ReportConfig,
     SweepConfig,
     TrainConfig,
+    demo_config,
     eval_config,
     export_config,
     predict_config,
@@ -55,6 +57,7 @@ PARSERS: dict[str, Callable[[object], Any]] = {
     "eval": eval_config,
     "export": export_config,
     "predict": predict_config,
+    "demo": demo_config,
     "report": report_config,
 }
 
@@ -66,6 +69,8 @@ def run(line: Line, console: Console, started_s: float) -> int:
         UsageError: nothing was composed, and nothing written.
         MnistCliError: whatever the command raises.
     """
+    if line.is_multirun and line.command == "demo":
+        raise UsageError("demo shows one checkpoint, and -m asks for several", "leave -m away")
     overrides = [_with_quoted_path(word, line.is_multirun) for word in line.overrides]
     if _speaks_of_hydra(line):
         from mnist_cli import hydra_main
@@ -91,7 +96,8 @@ def run(line: Line, console: Console, started_s: float) -> int:
         return sweep.each(jobs, console, lambda job, inner: command(job.config, job.typed, inner))
     typed = [override.key_or_group for override in parsed]
     document = command(config, typed, console, started_s)
-    console.document(document)
+    if document is not None:
+        console.document(document)
     draw_report(config, document, console)
     return 0
 
@@ -132,7 +138,8 @@ def draw_report(config: Any, document: dict[str, Any], console: Console) -> None
 def command(
     config: Any, typed: Sequence[str], console: Console, started_s: float | None = None
 ) -> Any:
-    """Run the command of `config` and return its document, a list of `predict`, else a dict.
+    """Run the command of `config` and return its document: a list of `predict`, None of `demo`,
+    which has printed it, else a dict.
 
     torch is imported here, after all that can be wrong was said.
     """
@@ -148,6 +155,10 @@ def command(
         from mnist_cli import predict
 
         return predict.run(config, console)
+    if isinstance(config, DemoConfig):
+        from mnist_cli import demo
+
+        return demo.run(config, console)
     if isinstance(config, ReportConfig):
         from mnist_cli import report
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": "Measure a checkpoint, or an exported .onnx file, on a split of its data",
     "export": "Write a deployable file and prove that it answers as the checkpoint does",
     "predict": "Label image files, with probabilities",
+    "demo": "Open a page to draw on, and see what a checkpoint answers",
     "report": "Draw a page about a run, or about two runs beside each other",
     "list": "Show what can be chosen, one line each",
 }

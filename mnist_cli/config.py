@@ -434,6 +434,15 @@ class PredictConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    checkpoint: str
+    port: Annotated[int, Range(least=0, most=65_535)]
+    open: bool
+    device: str
+    plugin: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
     run: tuple[str, ...]
     dataset: RootConfig
@@ -441,6 +450,7 @@ class ReportConfig:
     out: str | None
 
 
+# Of the commands that can be a job of -m. DemoConfig is not: a page is served until it is stopped.
 Config = TrainConfig | EvalConfig | ExportConfig | PredictConfig | ReportConfig
 
 # What a search may optimize, and which way; `train_s` is the only one that doesn't repeat exactly.
@@ -562,6 +572,14 @@ def predict_config(data: object) -> PredictConfig:
             "images= is empty" if not any(config.images) else "images= names a file without a name",
             "name files, folders or globs: images=a.png,b.png",
         )
+    _check_device(config.device)
+    return config
+
+
+def demo_config(data: object) -> DemoConfig:
+    """Parse and check. Raises UsageError."""
+    config = parse(DemoConfig, data)
+    _check_checkpoint(config.checkpoint, "demo")
     _check_device(config.device)
     return config
 

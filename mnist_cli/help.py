@@ -41,6 +41,11 @@ EXAMPLES = {
         "mnist-cli predict checkpoint=model.onnx images='scans/*.jpg' out=labels",
         "mnist-cli predict checkpoint=outputs/train/RUN images=- --json < three.png",
     ),
+    "demo": (
+        "mnist-cli demo checkpoint=outputs/train/RUN",
+        "mnist-cli demo checkpoint=model.onnx port=8000",
+        "mnist-cli demo checkpoint=outputs/train/RUN open=false --json",
+    ),
     "report": (
         "mnist-cli report run=outputs/train/RUN",
         "mnist-cli report run=runs/cnn,runs/mlp out=compared",

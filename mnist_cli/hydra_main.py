@@ -53,7 +53,8 @@ def run(line: Line, overrides: Sequence[str], console: Console) -> int:
     for config, document in outcome:
         if isinstance(document, Exception):
             raise document
-        console.document(document)
+        if document is not None:
+            console.document(document)
         compose.draw_report(config, document, console)
     return 0
 

@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mnist_cli import durable, metrics, pictures, trained
+from mnist_cli import durable, pictures, trained
 from mnist_cli.config import PredictConfig
 from mnist_cli.console import Console
-from mnist_cli.dataset import Split
-from mnist_cli.errors import CheckpointError, DataError, UsageError, one_line
+from mnist_cli.errors import DataError, one_line
 from mnist_cli.scoring import BATCH_SIZE
 from mnist_cli.trained import Trained
 
@@ -39,7 +36,7 @@ def run(config: PredictConfig, console: Console) -> list[dict[str, Any]]:
             place of an answer.
     """
     model = trained.load(config.checkpoint, config.device, console)
-    _check_takes_pictures(model)
+    model.check_takes_pictures()
     found = find(config.images)
     document: list[dict[str, Any]] = []
     with console.bar() as bar:
@@ -98,20 +95,6 @@ def _files(name: str) -> list[str]:
     return [name]
 
 
-def _check_takes_pictures(model: Trained) -> None:
-    spec = model.spec
-    if spec.task == "regression":
-        raise UsageError(
-            f"{model.path} was trained on {spec.name}, which holds numbers and no pictures",
-            "name a run on images: checkpoint=RUN",
-        )
-    if len(spec.input_shape) != 3 or spec.input_shape[0] not in (1, 3):
-        raise CheckpointError(
-            f"{model.path} takes inputs of shape {spec.input_shape}, which no picture has",
-            "name a run on images: checkpoint=RUN",
-        )
-
-
 def _answers(
     files: Sequence[tuple[str, str | None]], model: Trained, preprocess: pictures.Preprocess
 ) -> list[dict[str, Any]]:
@@ -128,22 +111,8 @@ def _answers(
             entries.append({"path": path})
         except DataError as error:
             entries.append({"path": path, "error": error.message})
-    if not inputs:
-        return entries
-    unknown = torch.zeros(len(inputs), dtype=torch.int64)
-    logits = model.answer(Split(torch.stack(inputs), unknown))
-    rows = iter(metrics.probabilities_of(logits).tolist())
-    for entry in entries:
-        if "error" not in entry:
-            probabilities: list[float] = next(rows)
-            index = max(range(len(probabilities)), key=probabilities.__getitem__)
-            entry |= {
-                "label": model.spec.classes[index],
-                "index": index,
-                "probability": probabilities[index],
-                "probabilities": probabilities,
-            }
-    return entries
+    labels = iter(model.label(inputs) if inputs else [])
+    return [entry if "error" in entry else entry | next(labels) for entry in entries]
 
 
 def _stdin() -> bytes:

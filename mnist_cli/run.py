@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_cli import durable
+from mnist_cli import durable, strict_json
 from mnist_cli.config import TrainConfig, config_hash, to_plain
 from mnist_cli.console import Console
 from mnist_cli.errors import UsageError
 
 SCHEMA = 1
+MAX_RESULT_BYTES = 16 * 2**20
 MAX_METRICS_BYTES = 16 * 2**20  # more than a hundred thousand epochs
 LARGEST_METRIC = 1e100  # float32 ends long before
 _WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z][a-z0-9_]*")
@@ -82,14 +83,19 @@ class RunFolder:
         durable.write(self.result, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
 
     def read_result(self) -> dict[str, Any] | None:
-        """What `write_result` wrote, or None where there is nothing that can be read."""
+        """What `write_result` wrote, or None where there is nothing that can be read.
+
+        The file may come from anybody, so what it holds may be of any type.
+        """
         try:
-            found = json.loads(self.result.read_text())
+            if not self.result.is_file():
+                return None
+            with open(self.result, "rb") as file:
+                data = file.read(MAX_RESULT_BYTES + 1)
+            found = strict_json.parse(data) if len(data) <= MAX_RESULT_BYTES else {}
         except (OSError, ValueError):
             return None
-        return (
-            found if isinstance(found, dict) and {"status", "config_hash"} <= set(found) else None
-        )
+        return found if {"status", "config_hash"} <= set(found) else None
 
     def add_metrics(self, row: dict[str, float | int | None]) -> None:
         """Append the row of an epoch, durably; the first one brings the head along."""

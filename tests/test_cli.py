@@ -77,7 +77,11 @@ def program(
 
 # The line; what its error names; what its hint names.
 MALFORMED = [
-    ("nonsense", "'nonsense'; commands are: train, eval, export, predict, report, list", "--help"),
+    (
+        "nonsense",
+        "'nonsense'; commands are: train, eval, export, predict, demo, report, list",
+        "--help",
+    ),
     ("trian", "'trian'", "did you mean train?"),
     ("model=cnn", "'model=cnn' stands where the command should", "mnist-cli train model=cnn"),
     ("-m", "-m needs a command", "mnist-cli train -m"),
@@ -201,6 +205,15 @@ MALFORMED = [
     ("predict checkpoint=x images=a.png preprocess=mnist", "preprocess='mnist'", "auto, none"),
     ("predict checkpoint=x images=a.png device=gpu", "device='gpu'", "cuda:N"),
     ("predict a.png", "'a.png'", "checkpoint=RUN images=a.png"),
+    ("demo", "checkpoint= is required", "checkpoint=RUN"),
+    ("demo checkpoint=", "checkpoint= is empty", "checkpoint=RUN"),
+    ("demo checkpoint=x port=65536", "port=65536 is out of range", "at most 65,535"),
+    ("demo checkpoint=x port=-1", "port=-1 is out of range", "at least 0"),
+    ("demo checkpoint=x port=http", "port='http' has the wrong type", "a whole number"),
+    ("demo checkpoint=x open=maybe", "open='maybe'", "true or false"),
+    ("demo checkpoint=x host=0.0.0.0", "'host'", "port"),
+    ("demo -m checkpoint=x,y", "demo shows one checkpoint", "leave -m away"),
+    ("demo -m checkpoint=x hydra/launcher=basic", "demo shows one checkpoint", "leave -m away"),
     ("list optimizer", "'optimizer'", "groups are: model, optim"),
     ("list model optim", "one group", "list model"),
     ("list -m", "one group", "list model"),

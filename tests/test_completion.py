@@ -56,6 +56,8 @@ def offered(line: str) -> list[str]:
         ("mnist-cli train --cfg job loss=m", ["loss=mse"]),
         ("mnist-cli predict pre", ["preprocess="]),
         ("mnist-cli predict preprocess=", ["preprocess=auto", "preprocess=none"]),
+        ("mnist-cli demo o", ["open="]),
+        ("mnist-cli demo open=", ["open=true", "open=false"]),
         ("mnist-cli list op", ["optim"]),
         ("mnist-cli list optim ", []),
         ("mnist-cli nonsense x", []),

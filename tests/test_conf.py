@@ -11,6 +11,7 @@ import yaml
 from mnist_cli import conf
 from mnist_cli.config import (
     DatasetConfig,
+    DemoConfig,
     EvalConfig,
     ExportConfig,
     LossConfig,
@@ -38,6 +39,7 @@ COMMANDS = {
     "eval": EvalConfig,
     "export": ExportConfig,
     "predict": PredictConfig,
+    "demo": DemoConfig,
     "report": ReportConfig,
 }
 

@@ -465,19 +465,6 @@ def test_with_m_the_runs_are_jobs(mnist_cli: Program, trained: Trained) -> None:
 # --- in a browser --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"none of {', '.join(names)} is installed")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def test_a_browser_asks_for_nothing_and_complains_of_nothing(
     mnist_cli: Program, trained: Trained, browser: Any
 ) -> None:
