@@ -175,15 +175,13 @@ def numbers_of(row: Row) -> dict[str, float]:
 
 
 def finals_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """What a completed run is compared by: `best/epoch`, `best/val_<metric>`, `test/<metric>`."""
-    finals: dict[str, float] = {"best/epoch": result["best"]["epoch"]}
-    for prefix, split in (("best/val_", result["val"]), ("test/", result["test"])):
-        finals |= {
-            f"{prefix}{name}": value
-            for name, value in (split or {}).items()
-            if isinstance(value, int | float) and name != "n"
-        }
-    return finals
+    """The numbers in the blocks `val` and `test` of result.json, as `test/accuracy`."""
+    return {
+        f"{split}/{name}": value
+        for split in ("val", "test")
+        for name, value in (result[split] or {}).items()
+        if isinstance(value, int | float) and name != "n"
+    }
 
 
 def _build(name: str, config: TrainConfig, folder: RunFolder) -> Logger:

@@ -7,9 +7,12 @@ client is used: unlike `mlflow.start_run` it collects nothing about user, machin
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +44,9 @@ class MLflow:
 
         self._config, self._folder = config, folder
         self.where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{STORE / 'mlflow.db'}"
-        self._client = MlflowClient(tracking_uri=self.where)
-        run = self._run_before() or self._new_run()
+        with _one_at_a_time():
+            self._client = MlflowClient(tracking_uri=self.where)
+            run = self._run_before() or self._new_run()
         self._run_id: str = run.info.run_id
         self._experiment_id: str = run.info.experiment_id
         history = self._client.get_metric_history(self._run_id, "train_loss")
@@ -107,8 +111,8 @@ class MLflow:
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        is_own = "MLFLOW_TRACKING_URI" not in os.environ
-        artifacts = (STORE / "artifacts").absolute().as_uri() if is_own else None
+        is_ours = not os.environ.get("MLFLOW_TRACKING_URI")
+        artifacts = (STORE / "artifacts").absolute().as_uri() if is_ours else None
         try:
             return str(self._client.create_experiment(name, artifact_location=artifacts))
         except MlflowException as error:
@@ -189,3 +193,18 @@ class MLflow:
                 "out": str(out),
             }
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Two processes that make one SQLite store at the same time break it, as jobs of a sweep might.
+
+    The current folder itself is the lock, so no file is left.
+    """
+    descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system that knows no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

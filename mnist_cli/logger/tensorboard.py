@@ -18,7 +18,7 @@ from mnist_cli.config import TrainConfig
 from mnist_cli.logger import Finished, Row, Status, finals_of, numbers_of, params_of
 from mnist_cli.run import RunFolder
 
-NUM_MISTAKES = 20
+NUM_MISTAKES = 12  # as many as can be read in the small picture that TensorBoard shows first
 
 
 class TensorBoard:
@@ -72,17 +72,15 @@ def _sheet(finished: Finished, shown: torch.Tensor) -> Any:
 
     test, classes = finished.data.test, finished.data.spec.classes
     answers, probabilities = metrics.surest(finished.outputs[shown])
-    columns = min(5, len(shown))
+    columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(2 * columns, 2.3 * rows), layout="constrained")
+    figure = Figure(figsize=(2 * columns, 2.6 * rows), layout="constrained")
     for place, index in enumerate(shown.tolist()):
         axes = figure.add_subplot(rows, columns, place + 1)
         image = test.inputs[index].movedim(0, -1).cpu().numpy()
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
         truth, answer = classes[int(test.targets[index])], classes[int(answers[place])]
-        axes.set_title(
-            f"{truth} taken for {answer}\n{float(probabilities[place]):.1%}", fontsize=9,
-            parse_math=False,
-        )  # fmt: skip
+        title = f"{truth} taken for {answer}\n{float(probabilities[place]):.1%}"
+        axes.set_title(title, fontsize=14, parse_math=False)
     return figure

@@ -61,5 +61,7 @@ class Wandb:
         self._run.summary.update(finals_of(finished.result))
 
     def close(self, status: Status) -> None:
-        self._run.finish(exit_code=0 if status == "completed" else 1)
-        self._wandb.teardown()  # else its process lives on until this one ends
+        try:
+            self._run.finish(exit_code=0 if status == "completed" else 1)
+        finally:
+            self._wandb.teardown()  # else its process lives on until this one ends
