@@ -25,6 +25,7 @@ CHOICES = {
     "sweep.search": ("grid", "optuna"),
     "sweep.sampler": ("tpe", "gp", "random", "grid"),
     "sweep.pruner": ("none", "median", "halving"),
+    "logger": ("tensorboard", "mlflow", "wandb"),
     "monitor": ("auto", "val_loss", "val_accuracy", "val_mse"),
     "dataset.split": ("byclass", "bymerge", "balanced", "letters", "digits", "mnist"),
     "split": ("test", "val", "train"),

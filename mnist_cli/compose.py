@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_cli import conf, plugin
+from mnist_cli import conf, logger, plugin
 from mnist_cli.config import (
     DemoConfig,
     EvalConfig,
@@ -47,6 +47,7 @@ from mnist_cli.sweep.search import Choice, Numbers, words_of
 from mnist_cli.typed import UnknownKeyError
 
 IS_13 = hydra.__version__.startswith("1.3")
+LIST_KEYS = ("plugin", "logger")  # one name may be typed without brackets
 PATHS_KEYS = ("images", "run")  # of several paths
 PATH_KEYS = (
     *PATHS_KEYS, "checkpoint", "out", "resume", "sweep.resume", "dataset.root", "dataset.mirror",
@@ -207,12 +208,16 @@ def checked(line: Line, composed: DictConfig) -> Any:
         if key.endswith(".name") and key.removesuffix(".name") in conf.GROUPS:
             raise no_such_key(line, key)
     plugin.use(line.plugins)
-    if isinstance(data.get("plugin"), str):
-        data["plugin"] = [data["plugin"]]
+    for key in LIST_KEYS:
+        if isinstance(data.get(key), str):
+            data[key] = [data[key]]
     try:
-        return PARSERS[line.command or ""](data)
+        config = PARSERS[line.command or ""](data)
     except UnknownKeyError as error:
         raise no_such_key(line, error.key) from None
+    if isinstance(config, TrainConfig):
+        logger.require(config.logger)
+    return config
 
 
 def _groups_of_run(line: Line) -> list[str]:

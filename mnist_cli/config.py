@@ -365,6 +365,7 @@ class TrainConfig:
     profile: bool
     plugin: tuple[str, ...]
     report: bool
+    logger: tuple[Literal["tensorboard", "mlflow", "wandb"], ...]
     predictions: bool
     out: str | None
 
@@ -473,6 +474,7 @@ FREE_KEYS = (
     "profile",
     "plugin",
     "report",
+    "logger",
     "predictions",
     "out",
 )

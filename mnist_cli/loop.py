@@ -30,6 +30,7 @@ AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PROFILED_STEPS = 20
 
 ShouldStop = Callable[[int, float | None], bool]
+Log = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -73,11 +74,13 @@ def fit(
     folder: RunFolder,
     console: Console,
     signals: SignalWatch,
+    log: Log,
     should_stop: ShouldStop = never,
 ) -> str:
     """The loop. Leaves `best` and `last` in `folder` and returns why it ended.
 
     Args:
+        log: told the row of each epoch, when all is saved.
         should_stop: told the number and the monitored value of each epoch, when all is saved; a
             search answers True where the run isn't worth its time.
 
@@ -132,6 +135,7 @@ def fit(
                 save(job, folder.best)
             save(job, folder.last)
             clock.saved()
+            log(row)
             loss_sum = epoch_s = 0.0
             stop_if_asked(signals, job, folder)
             if should_stop(epoch + 1, scores[config.monitored]):

@@ -90,6 +90,13 @@ def regression(outputs: Tensor, targets: Tensor, loss: float) -> dict[str, Any]:
     }
 
 
+def mistakes(logits: Tensor, labels: Tensor) -> Tensor:
+    """The rows of (N, K) logits whose answer isn't their label, the surest first: (M,) int64."""
+    answers, confidences = surest(logits)
+    wrong = (answers != labels.cpu()).nonzero().flatten()
+    return wrong[confidences[wrong].argsort(descending=True, stable=True)]
+
+
 def surest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The class that each row of (N, K) answers, (N,) int64, and its probability, (N,) float64."""
     logits = logits.detach().cpu().double()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mnist_cli import __version__, dataset, optim, resume, runtime, scoring
+from mnist_cli import __version__, dataset, logger, optim, resume, runtime, scoring
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
@@ -34,6 +34,7 @@ from mnist_cli.errors import (
     is_out_of_memory,
     one_line,
 )
+from mnist_cli.logger import Finished, Loggers
 from mnist_cli.loop import (
     Job,
     ShouldStop,
@@ -85,6 +86,7 @@ def run(
     started_s = time.monotonic() if started_s is None else started_s
     old_folder = resume.folder_of(config)
     if old_folder is None:
+        logger.require(config.logger)
         job = prepare(config, None, started_s)
         with runs.create(config.out, RUNS, config.resume == "auto") as folder, folder.log(console):
             return _finish(job, folder, console, started_s, signals, should_stop)
@@ -94,6 +96,7 @@ def run(
         if result and runs.is_complete(result, config):
             console.say(f"{old_folder} is already complete at step {before.progress.step}")
             return result
+        logger.require(config.logger)
         job = prepare(config, before, started_s)
         if job.data.spec != before.spec:
             raise DataError(
@@ -162,13 +165,15 @@ def _finish(
     should_stop: ShouldStop,
 ) -> dict[str, Any]:
     """Fit, test, record; and record as well what went wrong."""
-    with contextlib.nullcontext(given) if given else SignalWatch() as signals:
+    watch = contextlib.nullcontext(given) if given else SignalWatch()
+    with watch as signals, Loggers(console) as loggers:
         try:
             save(job, folder.last)
             folder.write_result(_result(job, folder, "interrupted", started_s))
             folder.write_config(job.config)
             banner(job, folder, console)
-            reason = fit(job, folder, console, signals, should_stop)
+            loggers.start(job.config, folder)
+            reason = fit(job, folder, console, signals, loggers.log, should_stop)
             model = checkpoints.load(folder.best).build_model(job.device)
             measured: dict[str, dict[str, Any] | None] = {"val": None}
             with timed(job.times, "eval_s"):
@@ -188,7 +193,8 @@ def _finish(
             if failure is error:
                 raise
             raise failure from error
-    _show(result, reason, job.config, folder, console)
+        _show(result, reason, job.config, folder, console)
+        loggers.finish(Finished(result, model, job.data, outputs))
     return result
 
 

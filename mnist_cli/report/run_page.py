@@ -135,8 +135,7 @@ def _mistakes(record: Record) -> dict[str, Any] | None:
     if record.split is None or record.outputs is None or record.spec.task == "regression":
         return None
     answers, confidences = metrics.surest(record.outputs)
-    wrong = (answers != record.split.targets).nonzero().flatten()
-    order = wrong[confidences[wrong].argsort(descending=True, stable=True)]
+    order = metrics.mistakes(record.outputs, record.split.targets)
     shown = order[: page.MAX_TILES]
     classes = record.spec.classes
     return page.tiles(
