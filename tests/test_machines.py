@@ -9,19 +9,27 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import faults
+import optuna
 import pytest
+import yaml
 from faults import Child, Ended, Server, outcome_of, two_lines
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
 from mnist_cli import durable
+from mnist_cli.compose import PARSERS
+from mnist_cli.config import SweepConfig
+from mnist_cli.sweep.job import Job
+from mnist_cli.sweep.search import Numbers, Search
 
 if TYPE_CHECKING:
     from conftest import Program
@@ -104,6 +112,22 @@ def test_a_launched_job_that_is_killed_stands_in_the_leaderboard(
     ]  # fmt: skip
 
 
+def test_a_job_that_slurm_would_preempt_goes_on_where_it_was(
+    mnist_cli: Program, server: Server, tmp_path: Path
+) -> None:
+    """submitit answers its signal (USR2) by starting the job again; its local executor does too."""
+    sweep = tmp_path / "sweep"
+    words = [*TINY, "epochs=150"]
+    child = server.start(faults.program, ["train", "-m", *words, LOCAL, f"out={sweep}"])
+    child.wait_for(lambda: bool(list(sweep.glob("*/metrics.csv"))))
+    (run,) = (path.parent for path in sweep.glob("*/metrics.csv"))
+    os.kill(int((run / ".lock").read_text()), signal.SIGUSR2)
+    assert child.wait().code == 0
+    assert (run / "train.log").read_text().count("resuming at step ") == 1
+    assert mnist_cli("train", *words, "out=alone", "--quiet") == (0, "", "")
+    assert outcome_of(run) == outcome_of(Path("alone"))
+
+
 def test_a_signal_to_the_launching_process_leaves_a_leaderboard(
     server: Server, tmp_path: Path
 ) -> None:
@@ -164,17 +188,38 @@ def test_a_launcher_runs_no_command_that_only_prints(
     assert mnist_cli("eval", "-m", f"checkpoint={trained(*TINY)}", "hydra/launcher=basic").code == 0
 
 
+@pytest.fixture
+def ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a Ray cluster of one machine, of two cores."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += ["--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
+    log = tmp_path / "ray.log"
+    with open(log, "w") as out:
+        head = subprocess.Popen(
+            [*command, "--include-dashboard=false"], stdout=out, stderr=subprocess.STDOUT
+        )
+    try:
+        end = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert time.monotonic() < end and head.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        head.terminate()
+        head.wait()
+
+
 @pytest.mark.skipif(not has_ray, reason="Ray is not installed; make test-ray has it")
-def test_ray_leaves_what_a_plain_sweep_leaves(mnist_cli: Program, tmp_path: Path) -> None:
-    """On a cluster of its own, of one machine; the launcher starts it and takes it down."""
-    words = ["hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2", "out=a", "--json"]
-    words.append("+hydra.launcher.ray.init.include_dashboard=false")
-    ended = subprocess.run(
-        [sys.executable, "-m", "mnist_cli", *GOOD_AND_BAD, *words],
-        env={**os.environ, "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"},
-        capture_output=True,
-        text=True,
-    )
+def test_ray_leaves_what_a_plain_sweep_leaves(mnist_cli: Program, ray_cluster: str) -> None:
+    words = ["hydra/launcher=ray", f"hydra.launcher.ray.init.address='{ray_cluster}'", "out=a"]
+    words += ["+hydra.launcher.ray.init.object_store_memory=null", "--json"]
+    command = [sys.executable, "-m", "mnist_cli", *GOOD_AND_BAD, *words]
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1, ended.stderr
     assert json.loads(ended.stdout)["winner"] == board_of(Path("a"))["winner"]
     assert_as_plain(Path("a"), mnist_cli)
@@ -187,7 +232,7 @@ SEARCH = ("train", "-m", *TINY, "sweep.search=optuna", "sweep.sampler=random")
 
 def finished(sweep: Path) -> list[dict[str, Any]]:
     """The trials, each of which has ended and names a job that lies in the folder."""
-    trials = [trial for trial in board_of(sweep)["history"] if trial["job"]]
+    trials: list[dict[str, Any]] = board_of(sweep)["history"]
     assert all(trial["state"] == "complete" for trial in trials)
     assert {trial["job"] for trial in trials} == set(folders(sweep))
     return trials
@@ -252,6 +297,38 @@ def test_what_a_killed_process_was_at_is_taken_up_by_the_other(
     assert victim.wait().code == -9
     assert other.wait().code == 0
     assert len(finished(sweep)) == len(folders(sweep)) == 6
+
+
+def test_the_last_trial_is_begun_once_however_close_two_come(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PARSERS["train"](yaml.safe_load((trained(*TINY) / "config.yaml").read_text()))
+    settings = SweepConfig(
+        jobs=1, resume=None, fail_fast=False, search="optuna", trials=3, sampler="random",
+        pruner="none", objectives=(),
+    )  # fmt: skip
+    space = [Numbers("optim.lr", 0.01, 0.1, None, False)]
+
+    def plan_in(shared: durable.SharedFolder) -> Search:
+        with shared.door():
+            return Search(
+                shared, space, lambda words: Job((), config), settings, ["val_loss"], config
+            )
+
+    with durable.SharedFolder(tmp_path) as here, durable.SharedFolder(tmp_path) as there:
+        one, other = plan_in(here), plan_in(there)
+        assert one._ask() is not None and other._ask() is not None
+        ask = one._study.ask
+
+        def ask_late() -> optuna.Trial:
+            assert other._ask() is not None
+            return ask()
+
+        monkeypatch.setattr(one._study, "ask", ask_late)
+        assert one._ask() is None
+        assert one._ask() is None and other._ask() is None
+        assert len(one._counted()) == len(other._counted()) == 3
+        assert one.num_own == 1 and other.num_own == 2
 
 
 def test_presence_and_the_door(tmp_path: Path) -> None:

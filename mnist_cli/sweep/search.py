@@ -380,7 +380,7 @@ class Search:
                     "config": self._chosen(trial),
                     "job": trial.user_attrs.get("job"),
                 }
-                for trial in self._study.trials
+                for trial in self._counted()
             ],
         }
 
