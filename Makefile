@@ -5,10 +5,11 @@ STAMP := .venv/installed
 HYDRA_NEXT := 1.4.0rc3
 NEXT := .venv-hydra-next
 PEERS_STAMP := .venv-peers/installed
+RAY := .venv-ray
 DEMO := outputs/demo/$(shell echo $$(date +%Y-%m-%d_%H-%M-%S)_$$PPID)
 
 .DEFAULT_GOAL := help
-.PHONY: install demo test test-hydra-next lint check bench torture lock clean help
+.PHONY: install demo test test-hydra-next test-ray lint check bench torture lock clean help
 
 install: $(STAMP)  ## make .venv with everything, as requirements.txt pins it
 	@echo "installed: $(BIN)/mnist-cli"
@@ -21,14 +22,21 @@ demo: $(STAMP)  ## train a CNN on real digits, evaluate it, export it to ONNX; d
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
 
-# The next Hydra goes into an environment of its own, which falls back on .venv for all the rest.
-test-hydra-next: $(STAMP)  ## run the tests on the next Hydra, a pre-release
-	$(BIN)/python -m venv --clear --without-pip $(NEXT)
-	$(BIN)/uv pip install --quiet --python $(NEXT)/bin/python --no-deps --require-hashes \
-		--compile-bytecode -r requirements-hydra-next.txt
+# What not everybody should have goes into an environment of its own, which falls back on .venv for
+# all the rest: the next Hydra, and Ray, which is large.
+.venv-%/installed: requirements-%.txt $(STAMP)
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/uv pip install --quiet --python $(@D)/bin/python --no-deps --require-hashes \
+		--compile-bytecode -r $<
 	$(BIN)/python -c 'import os, sysconfig; print(sysconfig.get_path("purelib"), os.getcwd(), sep="\n")' \
-		> $$($(NEXT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fallback.pth
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fallback.pth
+	@touch $@
+
+test-hydra-next: $(NEXT)/installed  ## run the tests on the next Hydra, a pre-release
 	$(NEXT)/bin/python -m pytest --ignore tests/test_package.py
+
+test-ray: $(RAY)/installed  ## run the tests that need Ray
+	$(RAY)/bin/python -m pytest tests/test_machines.py -k ray
 
 lint: $(STAMP)  ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -54,9 +62,12 @@ lock: $(STAMP)  ## write requirements.txt anew after a change of pyproject.toml;
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --custom-compile-command 'make lock' --constraint requirements.txt \
 		--output-file benchmarks/requirements.txt benchmarks/requirements.in
+	echo 'hydra-ray-launcher>=1.2.2' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' \
+		--output-file requirements-ray.txt -
 
 clean:  ## remove .venv, caches and builds; outputs/ stays
-	rm -rf .venv $(NEXT) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv $(NEXT) $(RAY) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list

@@ -157,3 +157,61 @@ def locked(folder: Path) -> Iterator[None]:
                 os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+class SharedFolder:
+    """A folder that several processes work in, on one machine or on many that share it.
+
+    Each is present from `with SharedFolder(...)` until it leaves. What concerns all of them is done
+    behind the door, one process at a time. The kernel lets go of both when a process ends; between
+    machines that takes a file system whose locks reach all of them, as those of NFS do.
+
+    Raises:
+        ResourceError: the folder can't be written, or its file system has no locks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+
+    def __enter__(self) -> SharedFolder:
+        self._presence = _open_lock(self.path / ".present")
+        try:
+            self._door = _open_lock(self.path / ".door")
+        except ResourceError:
+            os.close(self._presence)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._presence)
+        os.close(self._door)
+
+    @contextlib.contextmanager
+    def door(self) -> Iterator[None]:
+        """Wait until no other process is behind the door, and keep all others out of it."""
+        with writing(self.path):
+            fcntl.flock(self._door, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._door, fcntl.LOCK_UN)
+
+    def arrive(self) -> bool:
+        """Be present from now on, or still, and tell whether no other is. Behind the door only."""
+        with writing(self.path):
+            try:
+                fcntl.flock(self._presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_alone = True
+            except BlockingIOError:
+                is_alone = False
+            fcntl.flock(self._presence, fcntl.LOCK_SH)  # at once: who holds more is behind the door
+        return is_alone
+
+    def leave(self) -> None:
+        """Be present no more."""
+        fcntl.flock(self._presence, fcntl.LOCK_UN)
+
+
+def _open_lock(path: Path) -> int:
+    with writing(path):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)

@@ -15,20 +15,33 @@ from mnist_cli.errors import MnistCliError, UsageError, shown
 from mnist_cli.line import Line
 from mnist_cli.typed import nearest, unknown_key
 
+LAUNCHER = "hydra/launcher"
+EXTRA_OF = {  # the extra of this package that brings a launcher of Hydra
+    "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray",
+}  # fmt: skip
+
 
 @contextlib.contextmanager
 def hydra_errors(line: Line) -> Iterator[None]:
     """Explain what Hydra raises while it reads and composes `line`. Run no command inside."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        yield
+        with raised_in_full():
+            yield
     except MnistCliError:
         raise
     except Exception as error:  # plain ones too, where a group is given something that is no name
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             raise
         raise _explained(line, error) from error
+
+
+@contextlib.contextmanager
+def raised_in_full() -> Iterator[None]:
+    """Let Hydra raise what goes wrong, instead of printing it and leaving the program."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
@@ -39,6 +52,10 @@ def no_such_key(line: Line, key: str) -> UsageError:
     """The error for a key that doesn't exist at all, or not in the option that is chosen."""
     known = conf.known_keys(line.command or "", line.config_dirs)
     group, _, rest = key.partition(".")
+    if group == "hydra":
+        options = [word for word in line.overrides if word.startswith(f"{LAUNCHER}=")]
+        words = " ".join(["train", *options, "--cfg hydra"])
+        return UsageError(f"Hydra has no key {shown(key)}", f"type mnist-cli {words}")
     if group in conf.GROUPS and rest == "name":
         return UsageError(f"{key} is fixed by the option", f"choose another one: {group}=OPTION")
     owners = [
@@ -109,6 +126,11 @@ def _unreadable(line: Line, word: str) -> UsageError:
 def _unknown_option(line: Line, group: str, name: str, options: list[str]) -> UsageError:
     if not options:
         return no_such_key(line, group or name)
+    if group == LAUNCHER and name in EXTRA_OF:
+        return UsageError(
+            f"{LAUNCHER}={name} needs a package that isn't installed",
+            f"type pip install 'mnist-cli[{EXTRA_OF[name]}]'",
+        )
     best = nearest(name, options)
     plus = "+" if group == conf.EXPERIMENT else ""
     meant = f"did you mean {plus}{group}={best}? " if best else ""

@@ -7,6 +7,7 @@ import contextlib
 import io
 import math
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,14 +23,15 @@ from omegaconf import DictConfig, OmegaConf
 from mnist_cli import compose, conf, durable, plugin, sweep
 from mnist_cli.config import SweepConfig, TrainConfig
 from mnist_cli.console import Console
-from mnist_cli.errors import UsageError, shown
-from mnist_cli.explain import hydra_errors
+from mnist_cli.errors import Interrupted, UsageError, shown
+from mnist_cli.explain import LAUNCHER, hydra_errors, raised_in_full
 from mnist_cli.line import Line
 from mnist_cli.run import quoted
 
 ARGUMENTS: dict[str, Any] = (
     {"version_base": "1.3"} if compose.IS_13 else {"execution_whitelist": ["mnist_cli.*"]}
 )
+BASIC = "basic"  # Hydra's own launcher: one job after the other, in this process
 SHOWING = {"-c", "--cfg", "-i", "--info", "--hydra-help"}
 
 
@@ -49,7 +51,8 @@ def run(line: Line, overrides: Sequence[str], console: Console) -> int:
         except Exception as error:
             outcome.append((None, error))
 
-    _hydra_main(line, overrides, task)
+    with hydra_errors(line):
+        _hydra_main(line, overrides, task)
     for config, document in outcome:
         if isinstance(document, Exception):
             raise document
@@ -64,7 +67,8 @@ def _show(line: Line, overrides: Sequence[str], console: Console) -> int:
     printed, complaints = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
         try:
-            _hydra_main(line, overrides, lambda composed: None)
+            with hydra_errors(line):
+                _hydra_main(line, overrides, lambda composed: None)
         except SystemExit as end:
             if end.code not in (None, 0):
                 last = (complaints.getvalue().strip().splitlines() or ["Hydra can't show this"])[-1]
@@ -78,11 +82,18 @@ def _show(line: Line, overrides: Sequence[str], console: Console) -> int:
 
 def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
     """A sweep by one of Hydra's sweepers and launchers, wherever they run its jobs."""
-    folder = sweep.folder_of(*_check_jobs(line, overrides))
+    jobs, settings, launcher = _check_jobs(line, overrides)
+    folder = sweep.folder_of(jobs, settings)
+    if folder is None and launcher != BASIC:
+        raise UsageError(
+            f"{LAUNCHER}={launcher} is for train: nothing brings back what {line.command} prints",
+            f"leave {LAUNCHER}= away",
+        )
     own = [word for word in overrides if not word.startswith(("out=", "sweep."))]
-    if folder is not None:
-        own.append(f"hydra.sweep.dir={quoted(str(folder))}")
+    if folder is not None:  # a process on another machine may stand in another folder
+        own.append(f"hydra.sweep.dir={quoted(str(folder.absolute()))}")
     here: list[dict[str, Any]] = []
+    num_jobs, shared = len(jobs), sweep.shared_words(jobs)
 
     def task(composed: DictConfig) -> float:
         # Failures are kept, not raised: Hydra would add lines of its own. NaN tells a sweeper.
@@ -91,11 +102,10 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
 
         job = sweep.Job(words, compose.checked(line, composed))
         if isinstance(job.config, TrainConfig):
-            job = sweep.placed(job, Path(config.sweep.dir), " ".join(words))
-            document = sweep.run_job(job, console)
+            label, number = sweep.difference(job, shared), config.job.num + 1
+            place = Path(config.sweep.dir)
+            document = sweep.run_launched(job, place, label, number, num_jobs, console)
             compose.draw_typed(job, document, console)
-            if sweep.has_failed(document):
-                console.say(f"failed: {document['error']}")
         else:
             call = partial(compose.command, job.config, job.typed, console)
             document = sweep.outcome_of(job, call, console)
@@ -103,23 +113,46 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
         value = (document.get("best") or {}).get("value")
         return math.nan if value is None else float(value)
 
-    with durable.temporary_folder() as nowhere:
-        if folder is None:  # eval and export write nothing of their own
-            own.append(f"hydra.sweep.dir={quoted(str(nowhere))}")
-        _hydra_main(line, own, task)
-    if folder is None:
+    if folder is None:  # eval and export write nothing of their own
+        with durable.temporary_folder() as nowhere, raised_in_full():
+            _hydra_main(line, [*own, f"hydra.sweep.dir={quoted(str(nowhere))}"], task)
         return sweep.finish_each(console, here)
-    return sweep.finish(console, folder, here or None)
+    stopped_by, gave_up = None, None
+    if launcher != BASIC:
+        console.say(f"launch   {num_jobs} jobs by {LAUNCHER}={launcher}, in {folder}")
+    try:
+        with raised_in_full():
+            _hydra_main(line, own, task)
+    except KeyboardInterrupt:
+        stopped_by = int(signal.SIGINT)
+    except Interrupted as error:
+        stopped_by = error.exit_code - 128
+    except Exception as error:  # of the launcher: no job raises, and all of them were composed
+        reason = " ".join(str(error).splitlines()[:2])  # below them submitit quotes whole logs
+        gave_up = f"{LAUNCHER}={launcher} gave up: {type(error).__name__}: {reason}"
+        sweep.record_cut_off(jobs, folder, "its process ended before the job was done")
+    if stopped_by is not None:
+        return sweep.finish(console, folder, here or None, num_jobs, stopped_by)
+    return sweep.finish(console, folder, here or None, gave_up=gave_up)
 
 
-def _check_jobs(line: Line, overrides: Sequence[str]) -> tuple[list[sweep.Job], SweepConfig | None]:
-    """Compose every job before one starts; the first alone where values are searched for."""
-    plain = [word for word in overrides if not re.match(r"[+~]{0,2}hydra[./=@]", word)]
+def _check_jobs(
+    line: Line, overrides: Sequence[str]
+) -> tuple[list[sweep.Job], SweepConfig | None, str]:
+    """Compose every job before one starts; the first alone where values are searched for.
+
+    Returns:
+        The jobs, the keys `sweep.*` of `train`, and the launcher.
+    """
     with hydra_errors(line), compose.initialized(line):
-        parsed = OverridesParser.create().parse_overrides(plain)
-        listed = [o for o in parsed if not o.is_sweep_override() or o.is_discrete_sweep()]
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        of_hydra = [o for o in parsed if re.match(r"hydra\b", o.key_or_group)]
+        plain = [o for o in parsed if not re.match(r"hydra\b", o.key_or_group)]
+        listed = [o for o in plain if not o.is_sweep_override() or o.is_discrete_sweep()]
         _refuse_own_keys(listed)
-        return compose.sweep_jobs(line, listed), compose.sweep_settings(line, listed)
+        settings = compose.sweep_settings(line, [*listed, *of_hydra])
+        launchers = [o.value() for o in of_hydra if o.key_or_group == LAUNCHER]
+        return compose.sweep_jobs(line, listed), settings, str([BASIC, *launchers][-1])
 
 
 def _refuse_own_keys(parsed: Sequence[Override]) -> None:
@@ -141,11 +174,8 @@ def _hydra_main(line: Line, overrides: Sequence[str], task: Callable[[DictConfig
     search = compose.searched(plugin.folders(line.plugins))
     arguments, sys.argv = sys.argv, ["mnist-cli", *line.hydra, *search, *overrides]
     try:
-        with hydra_errors(line):
-            main = hydra.main(
-                config_path=str(conf.conf_dir()), config_name=line.command, **ARGUMENTS
-            )
-            main(task)()
+        main = hydra.main(config_path=str(conf.conf_dir()), config_name=line.command, **ARGUMENTS)
+        main(task)()
     finally:
         sys.argv = arguments
 

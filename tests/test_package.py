@@ -109,8 +109,9 @@ def test_the_lock_holds_what_the_project_asks_for() -> None:
     assert names <= set(locked())
 
 
-def test_the_lock_pins_by_hash_and_names_no_place() -> None:
-    text = (ROOT / "requirements.txt").read_text()
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("requirements*.txt")))
+def test_a_lock_pins_by_hash_and_names_no_place(name: str) -> None:
+    text = (ROOT / name).read_text()
     for block in re.findall(r"^\S+==.*(?:\n    --hash=.*)*", text, re.MULTILINE):
         assert "--hash=sha256:" in block
     assert not re.search(r"://|--index|--find-links|file:|/", re.sub(r"#.*", "", text))

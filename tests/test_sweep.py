@@ -724,8 +724,6 @@ def test_another_search_does_not_go_on_in_the_folder(mnist_cli: Program) -> None
     assert mnist_cli(*SEARCH, "sweep.trials=1", "out=a").code == 0
     outcome = mnist_cli(*SEARCH, "optim=adam,adamw", "sweep.trials=2", "sweep.resume=a")
     assert outcome.code == 2 and "holds a search of" in outcome.error
-    with durable.locked(Path("a")):
-        assert mnist_cli(*SEARCH, "sweep.trials=2", "sweep.resume=a").code == 7
 
 
 def test_without_optuna_the_hint_says_what_to_install(

@@ -24,6 +24,7 @@ from mnist_cli import durable
 from mnist_cli.config import SweepConfig, TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import MnistCliError, SweepError
+from mnist_cli.run import RunFolder
 from mnist_cli.sweep import leaderboard, pool
 from mnist_cli.sweep import search as searching
 from mnist_cli.sweep.board import Board
@@ -35,23 +36,26 @@ from mnist_cli.sweep.job import (
     folder_of,
     has_failed,
     placed,
+    record,
     result_of,
     run_job,
+    shared_words,
 )
 from mnist_cli.sweep.search import Search, Space
 
 __all__ = [
     "Job",
+    "difference",
     "each",
     "finish",
     "finish_each",
     "folder_of",
-    "has_failed",
     "outcome_of",
-    "placed",
+    "record_cut_off",
     "run",
-    "run_job",
+    "run_launched",
     "run_search",
+    "shared_words",
 ]
 
 
@@ -75,8 +79,9 @@ def run(
     folder = folder_of(jobs, settings)
     assert folder is not None
     labels: dict[str, tuple[Job, str]] = {}
+    shared = shared_words(jobs)
     for job in jobs:
-        label = difference(job, jobs)
+        label = difference(job, shared)
         there = placed(job, folder, label)
         labels.setdefault(_out(there), (there, label))
     with console.live_table() as live:
@@ -113,7 +118,6 @@ def run_search(
 
     Raises:
         UsageError: nothing was written.
-        LockedError: another search is at it in the same folder.
     """
     assert isinstance(first.config, TrainConfig)
     objectives = searching.check(settings, first.config)
@@ -121,16 +125,18 @@ def run_search(
         searching.check_grid(space)
     folder = folder_of([first], settings)
     assert folder is not None
-    with durable.locked(folder):
-        plan = Search(folder, space, make_job, settings, objectives, first.config)
+    with durable.SharedFolder(folder) as shared:
+        with shared.door():
+            plan = Search(shared, space, make_job, settings, objectives, first.config)
         with console.live_table() as live:
             plan.board = Board(console, live, settings.trials, plan.num_done)
             stopped_by = pool.run(plan, settings.jobs)
         if stopped_by is None:
             for document in plan.documents:
                 draw(first, document, console)
-        left = max(settings.trials - plan.num_done, 0)
-        return finish(console, folder, plan.documents, left, stopped_by, plan.summary())
+        with shared.door():  # the last of several that end writes what all have left
+            documents, summary = plan.documents, plan.summary()
+            return finish(console, folder, documents, plan.num_own, stopped_by, summary)
 
 
 class Grid:
@@ -169,6 +175,38 @@ class Grid:
         self._board.draw()
 
 
+def run_launched(
+    job: Job, folder: Path, label: str, number: int, num_jobs: int, console: Console
+) -> Document:
+    """Run a job that a launcher of Hydra has brought into this process.
+
+    Raises:
+        Interrupted: by a signal, after a checkpoint was written.
+    """
+    job = placed(job, folder, label)
+    board = Board(console, None, num_jobs)
+    board.add(job, label or "as it stands", number)
+    done = result_of(job)
+    if done is not None:
+        board.skipped(job, done)
+        return done
+    board.started(job)
+    document = run_job(job, Console(quiet=True))
+    board.ended(job, document)
+    return document
+
+
+def record_cut_off(jobs: Sequence[Job], folder: Path, error: str) -> None:
+    """Leave `error` with the jobs that ended without a word, as after a SIGKILL."""
+    for job in jobs:
+        there = placed(job, folder, "").config
+        assert isinstance(there, TrainConfig) and there.out is not None
+        if Path(there.out).is_dir():
+            result = RunFolder(Path(there.out)).read_result() or {}
+            if result.get("status") != "completed" and result.get("error") is None:
+                record(there, error)  # but not where it still runs: that folder is locked
+
+
 def _out(job: Job) -> str:
     assert isinstance(job.config, TrainConfig)
     return str(job.config.out)
@@ -181,6 +219,7 @@ def finish(
     num_jobs: int | None = None,
     stopped_by: int | None = None,
     of_search: dict[str, Any] | None = None,
+    gave_up: str | None = None,
 ) -> int:
     """Write and show the leaderboard of all that lies in `folder`, and return the exit code.
 
@@ -189,6 +228,7 @@ def finish(
         num_jobs: how many were asked for, None for as many as there are documents.
         stopped_by: the number of the signal that ended the sweep early.
         of_search: what a search adds to leaderboard.json.
+        gave_up: why a launcher of Hydra didn't see all jobs to their end.
     """
     if documents is None:
         documents = leaderboard.results_in(folder)
@@ -213,6 +253,10 @@ def finish(
         message = f"interrupted with {left} of {num_jobs} jobs left; what is done is in {folder}"
         console.error(message, f"{again} to go on", 128 + stopped_by, document)
         return 128 + stopped_by
+    if gave_up is not None:
+        error = SweepError(gave_up, f"see that none of its jobs is left, then {again}")
+        console.error(error.message, error.hint, error.exit_code, document)
+        return error.exit_code
     if not failed:
         console.document(document)
         return 0
@@ -222,9 +266,9 @@ def finish(
 def each(jobs: Sequence[Job], console: Console, command: Callable[[Job, Console], Any]) -> int:
     """Run every job of a command that writes no run folder, as `eval`, and return the exit code."""
     inner = Console(quiet=console.quiet, as_json=console.as_json, brief=True)
-    documents = []
+    documents, shared = [], shared_words(jobs)
     for number, job in enumerate(jobs, 1):
-        console.say(f"job {number}/{len(jobs)}  {difference(job, jobs) or 'as it stands'}")
+        console.say(f"job {number}/{len(jobs)}  {difference(job, shared) or 'as it stands'}")
         documents.append(outcome_of(job, partial(command, job, inner), console))
     return finish_each(console, documents)
 

@@ -72,6 +72,10 @@ class Board:
         state = "failed" if "exit_code" in document else leaderboard.state_of(document)
         self._end(job, document, {"completed": "done"}.get(state, state))
 
+    def given_over(self, job: Job) -> None:
+        """Another process runs the same job."""
+        self._end(job, {}, "elsewhere")
+
     def draw(self) -> None:
         """Draw the live table anew, if it is time."""
         if self._live is None or not self._live.is_due:

@@ -85,13 +85,14 @@ def folder_of(jobs: Sequence[Job], settings: SweepConfig | None) -> Path | None:
     return folder
 
 
-def difference(job: Job, jobs: Sequence[Job]) -> str:
-    """The overrides that not all jobs share; of a single job, all of its overrides."""
-    shared = (
-        set(jobs[0].words).intersection(*(other.words for other in jobs))
-        if len(jobs) > 1
-        else set()
-    )
+def shared_words(jobs: Sequence[Job]) -> frozenset[str]:
+    """The overrides that all jobs share; none of a single job."""
+    first, *others = (frozenset(job.words) for job in jobs)
+    return first.intersection(*others) if others else frozenset()
+
+
+def difference(job: Job, shared: frozenset[str]) -> str:
+    """What tells `job` from the others: its overrides without the `shared` ones."""
     return " ".join(word for word in job.words if word not in shared)
 
 

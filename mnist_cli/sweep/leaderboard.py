@@ -124,7 +124,8 @@ def write(folder: Path, board: dict[str, Any]) -> None:
 def show(board: dict[str, Any], console: Console) -> None:
     """The table, what failed, and the winner with the command that repeats it."""
     headers, rows = _cells(board)
-    console.table(headers, rows, num_texts=1 + len(board["columns"]))
+    if rows:
+        console.table(headers, rows, num_texts=1 + len(board["columns"]))
     failed = [job for row in board["rows"] for job in row["failed"]]
     for job in failed[:MAX_SHOWN]:
         console.say(f"{job['state']:<8} {job['job']}: {job['error'] or 'cut off'}")

@@ -4,12 +4,17 @@ Ask and tell, with what Optuna knows in `search.journal`, a file of JSON lines i
 sweep. Randomness is counted here too: the sampler of trial N is seeded by (seed, N) and sees what
 was told before, so a search with one job at a time repeats exactly, and one that was killed goes on
 as if it had not been. With several at a time the order in which they end decides what is known.
+
+Any number of processes may be at one search, on machines that share the folder: each asks for the
+next trial until there are enough. A trial that none of them is at any more is taken up by the one
+that finds itself alone, at its start or at its end.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnist_cli import durable
 from mnist_cli.config import OBJECTIVES, SweepConfig, TrainConfig
-from mnist_cli.errors import MnistCliError, UsageError
+from mnist_cli.errors import LockedError, MnistCliError, UsageError
 from mnist_cli.sweep import leaderboard
 from mnist_cli.sweep.board import Board
 from mnist_cli.sweep.job import Document, Job, failure, has_failed, placed, result_of
@@ -98,6 +103,8 @@ def check(settings: SweepConfig, config: TrainConfig) -> list[str]:
 class Search:
     """The plan of a search: a new trial whenever there is room, until there are enough.
 
+    Made behind the door of its folder.
+
     Args:
         space: what may be chosen.
         make_job: composes and checks a job of the overrides that were chosen.
@@ -109,42 +116,41 @@ class Search:
 
     def __init__(
         self,
-        folder: Path,
+        folder: durable.SharedFolder,
         space: Space,
         make_job: Callable[[Sequence[str]], Job],
         settings: SweepConfig,
         objectives: Sequence[str],
         config: TrainConfig,
     ) -> None:
-        self._folder, self._space, self._make_job = folder, space, make_job
+        self._shared, self._folder = folder, folder.path
+        self._space, self._make_job = space, make_job
         self._settings, self._objectives = settings, objectives
+        self._num_wanted = settings.trials
+        if settings.sampler == "grid":
+            num_points = math.prod(len(_steps(part)) for part in space)
+            self._num_wanted = min(num_points, settings.trials)
         self._seed, self._monitored = config.seed, config.monitored
         self.asks = settings.pruner != "none"
         self.names_gpu = config.device.startswith("cuda:")
         self.documents: list[Document] = []
         self._running: dict[str, list[optuna.Trial]] = {}
         self._is_over = False
-        self._study = self._open()
-        whole = [trial for trial in self._study.trials if len(trial.params) == len(space)]
-        self._num_asked = len(whole)
-        self._cut_off = [trial for trial in whole if not trial.state.is_finished()]
-        self.num_done = len(whole) - len(self._cut_off)
+        self._taken: set[int] = set()  # numbers of the trials that were begun here
+        self._cut_off: list[optuna.trial.FrozenTrial] = []
+        self._study = self._open(folder.arrive())
+        self.num_done = sum(trial.state.is_finished() for trial in self._counted())
         self.board: Board | None = None
 
-    def _open(self) -> optuna.Study:
+    def _open(self, is_alone: bool) -> optuna.Study:
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         path = self._folder / JOURNAL
-        with durable.writing(path):
-            Path(f"{path}.lock").unlink(missing_ok=True)  # of a process that is dead
-            if path.exists():  # one that was killed may have left half a line
-                content = path.read_bytes()
-                whole = content[: content.rfind(b"\n") + 1]
-                if whole != content:
-                    durable.write(path, whole)
+        if is_alone:
+            _mend(path)
         what = f"{', '.join(self._objectives)} over {[tuple(part) for part in self._space]}"
         try:
             study = optuna.create_study(
@@ -164,10 +170,39 @@ class Search:
                 f"{self._folder} holds a search of {before}, which is not {what}",
                 "type lists, intervals and objectives as they were, or search in another folder",
             )
-        for trial in study.trials:  # begun by a process that was killed before it had chosen
-            if not trial.state.is_finished() and len(trial.params) < len(self._space):
-                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        if is_alone:
+            self._take_up(study)
         return study
+
+    def _take_up(self, study: optuna.Study) -> bool:
+        """Take the trials that ended with their process; for one that is alone. False: no such."""
+        import optuna
+
+        left = [
+            trial
+            for trial in study.trials
+            if not trial.state.is_finished() and trial.number not in self._taken
+        ]
+        for trial in left:
+            if len(trial.params) == len(self._space):
+                self._cut_off.append(trial)
+            else:  # its process was killed before it had chosen
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        return bool(left)
+
+    def _counted(self) -> list[optuna.trial.FrozenTrial]:
+        """The trials that count: not those that were never begun."""
+        return [
+            trial
+            for trial in self._study.get_trials(deepcopy=False)
+            if len(trial.params) == len(self._space) or not trial.state.is_finished()
+        ]
+
+    @property
+    def num_own(self) -> int:
+        """How many trials were this command's to run: all but those of others and of before."""
+        elsewhere = sum(trial.number not in self._taken for trial in self._counted())
+        return max(self._num_wanted - elsewhere, 0)
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         from optuna import pruners
@@ -180,17 +215,30 @@ class Search:
             case _:
                 return pruners.NopPruner()
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+    def _sampler(self, rank: int) -> optuna.samplers.BaseSampler:
         from optuna import samplers
 
-        seed = zlib.crc32(f"{self._seed}/{number}".encode())
+        seed = zlib.crc32(f"{self._seed}/{rank}".encode())
         match self._settings.sampler:
             case "tpe":
                 return samplers.TPESampler(seed=seed)
             case "gp":
                 return samplers.GPSampler(seed=seed)
+            case "grid":
+                return self._at_grid_point(rank)
             case _:
                 return samplers.RandomSampler(seed=seed)
+
+    def _at_grid_point(self, rank: int) -> optuna.samplers.BaseSampler:
+        """What chooses the combination number `rank` of the grid."""
+        from optuna import exceptions, samplers
+
+        combinations = itertools.product(*(_steps(part) for part in self._space))
+        values = next(itertools.islice(combinations, rank, None))
+        chosen = dict(zip((part.key for part in self._space), values, strict=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", exceptions.ExperimentalWarning)
+            return samplers.PartialFixedSampler(chosen, samplers.RandomSampler())
 
     # --- as a plan -------------------------------------------------------------------------------
 
@@ -222,20 +270,36 @@ class Search:
     def _next_trial(self) -> optuna.Trial | None:
         import optuna
 
-        if self._cut_off:
-            return optuna.Trial(self._study, self._cut_off.pop(0)._trial_id)
-        if self._is_over or self._num_asked >= self._settings.trials:
+        while not self._is_over:
+            if self._cut_off:
+                trial = optuna.Trial(self._study, self._cut_off.pop(0)._trial_id)
+                self._taken.add(trial.number)
+                return trial
+            chosen = self._ask()
+            if chosen is not None or self._running:
+                return chosen
+            with self._shared.door():
+                if not (self._shared.arrive() and self._take_up(self._study)):
+                    self._is_over = True
+                    self._shared.leave()  # so that one of several that end now is the last
+        return None
+
+    def _ask(self) -> optuna.Trial | None:
+        """A new trial with its choice made; None when there are enough."""
+        import optuna
+
+        if len(self._counted()) >= self._num_wanted:
             return None
-        if self._settings.sampler == "grid":
-            values = itertools.product(*(_steps(part) for part in self._space))
-            chosen = next(itertools.islice(values, self._num_asked, None), None)
-            if chosen is None:
-                return None
-            keys = [part.key for part in self._space]
-            self._study.enqueue_trial(dict(zip(keys, chosen, strict=True)))
-        self._study.sampler = self._sampler(self._num_asked)
-        self._num_asked += 1
-        return self._study.ask({part.key: _distribution(part) for part in self._space})
+        trial = self._study.ask()
+        rank = sum(other.number < trial.number for other in self._counted())
+        if rank >= self._num_wanted:  # others were quicker
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return None
+        self._taken.add(trial.number)
+        self._study.sampler = self._sampler(rank)
+        for part in self._space:
+            _suggest(trial, part)
+        return trial
 
     def should_stop(self, job: Job, epoch: int, value: float | None) -> bool:
         assert self.board is not None and isinstance(job.config, TrainConfig)
@@ -249,11 +313,20 @@ class Search:
     def ended(self, job: Job, document: Document) -> None:
         assert self.board is not None
         trials = self._running.pop(str(job.config.out))
+        if document.get("exit_code") == LockedError.exit_code and not self._is_alone():
+            # Another process chose the same. Who is alone in the end tells the study of both.
+            self._taken.difference_update(trial.number for trial in trials)
+            self.board.given_over(job)
+            return
         if document.get("exit_code", 0) < 128:  # one that a signal stopped goes on some day
             self._tell(trials, document)
         else:
             self.documents.append(document)
         self.board.ended(job, document)
+
+    def _is_alone(self) -> bool:
+        with self._shared.door():
+            return self._shared.arrive()
 
     def tick(self) -> None:
         assert self.board is not None
@@ -307,7 +380,7 @@ class Search:
                     "config": self._chosen(trial),
                     "job": trial.user_attrs.get("job"),
                 }
-                for trial in self._study.trials
+                for trial in self._counted()
             ],
         }
 
@@ -364,16 +437,27 @@ def check_grid(space: Space) -> None:
         _steps(part)
 
 
-def _distribution(part: Choice | Numbers) -> optuna.distributions.BaseDistribution:
-    from optuna import distributions
-
+def _suggest(trial: optuna.Trial, part: Choice | Numbers) -> None:
+    """Let the sampler choose a value of `part`."""
     if isinstance(part, Choice):
-        return distributions.CategoricalDistribution(part.values)
-    if isinstance(part.low, int) and isinstance(part.high, int):
+        trial.suggest_categorical(part.key, part.values)
+    elif isinstance(part.low, int) and isinstance(part.high, int):
         step = 1 if part.is_log else int(part.step or 1)
-        return distributions.IntDistribution(part.low, part.high, part.is_log, step)
-    step_size = None if part.is_log else part.step
-    return distributions.FloatDistribution(part.low, part.high, part.is_log, step_size)
+        trial.suggest_int(part.key, part.low, part.high, step=step, log=part.is_log)
+    else:
+        step_size = None if part.is_log else part.step
+        trial.suggest_float(part.key, part.low, part.high, step=step_size, log=part.is_log)
+
+
+def _mend(journal: Path) -> None:
+    """Undo what a process left that was killed while it wrote: its lock, and half a line."""
+    with durable.writing(journal):
+        Path(f"{journal}.lock").unlink(missing_ok=True)
+        if journal.exists():
+            content = journal.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if whole != content:
+                durable.write(journal, whole)
 
 
 def show(board: dict[str, Any], say: Callable[[str], None]) -> None:
