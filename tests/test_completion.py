@@ -150,8 +150,12 @@ def test_splits_as_a_shell_does(line: str, words: list[str]) -> None:
 
 
 def literals(schema: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
-    hints = get_type_hints(schema).items()
-    return {prefix + key: get_args(hint) for key, hint in hints if get_origin(hint) is Literal}
+    """The choices of each key that has them, be it for one value or for a list of them."""
+    hints = get_type_hints(schema)
+    kinds = {
+        k: get_args(hint)[0] if get_origin(hint) is tuple else hint for k, hint in hints.items()
+    }
+    return {prefix + k: get_args(kind) for k, kind in kinds.items() if get_origin(kind) is Literal}
 
 
 def test_pictures_are_offered_by_the_suffixes_that_predict_knows() -> None:
