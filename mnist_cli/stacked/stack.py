@@ -1,0 +1,91 @@
+"""One optimizer step of many jobs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mnist_cli import runtime
+from mnist_cli.loop import Job
+from mnist_cli.model.linear import Linear
+from mnist_cli.model.mlp import Mlp
+from mnist_cli.stacked.loss import build_losses
+from mnist_cli.stacked.network import Network
+from mnist_cli.stacked.optimizer import Optimizer
+
+
+class Stack:
+    """Jobs of one group, those of one seed side by side.
+
+    Their parameters are views of the stack's from here on.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+        first = self.jobs[0]
+        by_seed = [list(own) for _, own in itertools.groupby(self.jobs, lambda j: j.config.seed)]
+        is_even = len({len(own) for own in by_seed}) == 1
+        self._lanes = [own[0] for own in by_seed] if is_even else self.jobs
+        self._generators = [torch.Generator(first.device) for _ in self._lanes]
+        models = [job.model for job in self.jobs if isinstance(job.model, Linear | Mlp)]
+        self._network = Network(models, len(self._lanes))
+        self._parameters = [tensor for layer in self._network.layers for tensor in layer]
+        losses = [job.config.loss for job in jobs]
+        self._losses = build_losses(losses, first.data.spec.task, first.device)
+        clips = [job.config.grad_clip or math.inf for job in jobs]
+        self._largest_norms = torch.tensor(clips, device=first.device)
+        named = zip(*(model.parameters() for model in models), strict=True)
+        self._optimizer = Optimizer(
+            [job.config.optim for job in jobs],
+            [job.optimizer for job in jobs],
+            list(zip(self._parameters, named, strict=True)),
+        )
+
+    def compute_gradients(
+        self, orders: Mapping[int, Tensor], rows: slice, step: int
+    ) -> list[float]:
+        """Compute each job's gradient of its mean loss, and return these losses.
+
+        Args:
+            orders: for each seed, the order of the epoch, (N,) int64.
+            rows: which part of it is the batch of `step`.
+        """
+        first, num_lanes = self.jobs[0], len(self._lanes)
+        inputs, targets = [], []
+        for lane, generator in zip(self._lanes, self._generators, strict=True):
+            seed, train = lane.config.seed, lane.data.train
+            indices = orders[seed][rows]
+            # Not train.inputs[indices], which takes ten times as long for rows of bytes.
+            inputs.append(train.inputs.flatten(1).index_select(0, indices))
+            targets.append(train.targets.index_select(0, indices))
+            generator.manual_seed(runtime.counted_seed(seed, "step", step))
+        images = torch.cat(inputs).view(-1, *first.data.spec.input_shape)
+        outputs = self._network.forward(
+            first.normalise(images).view(num_lanes, len(indices), -1), self._generators
+        )
+        each = torch.stack(targets).repeat_interleave(len(self.jobs) // num_lanes, dim=0)
+        losses = self._losses(outputs, each)
+        # No job's loss depends on another's weights: of the sum, each gets its own gradient.
+        for parameter in self._parameters:
+            parameter.grad = None
+        losses.sum().backward()
+        if self._largest_norms.isfinite().any():
+            self._clip()
+        values: list[float] = losses.tolist()
+        return values
+
+    def take_step(self) -> None:
+        """Take an optimizer step with the learning rate of each job's own optimizer."""
+        self._optimizer.step()
+
+    def _clip(self) -> None:
+        """As torch.nn.utils.clip_grad_norm_, the norm being that of each job's own gradient."""
+        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)  # (K,)
+        shares = (self._largest_norms / (norms + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(shares.view(-1, *(1 for _ in grad.shape[1:])))
