@@ -145,6 +145,7 @@ LAYERS: dict[str, dict[str, set[str]]] = {
     "commands": {
         "train": {"loop"}, "loop": set(), "evaluate": {"onnx_file"}, "export": {"onnx_file"},
         "onnx_file": set(), "predict": {"onnx_file"}, "report": set(), "sweep": set(),
+        "stacked": {"loop"},
     },
     "records": {"checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}},
     "parts": {

@@ -72,6 +72,8 @@ def rounds(jobs: Sequence[Job], signals: runtime.SignalWatch) -> Iterator[list[M
         for job in sorted(jobs, key=lambda job: job.config.seed)
     ]
     while members := [member for member in members if not member.is_done]:
+        for member in members:
+            member.row = {}
         _train_epoch(members, signals)
         yield members
         if signals.received:

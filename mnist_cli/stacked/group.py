@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mnist_cli.config import LinearModelConfig, MlpConfig, TrainConfig, flatten, to_plain
 
-# What may differ between the members of a group, besides everything in `optim` and `schedule`.
+# What may differ between the members of a group, besides the schedule and the optimizer's numbers.
 FREE = {
     "seed", "epochs", "monitor", "early_stop.patience", "grad_clip", "model.dropout",
     "loss.label_smoothing", "resume", "resume_allow", "out",
@@ -64,6 +64,6 @@ def _shape(config: TrainConfig) -> str:
     fixed = {
         key: value
         for key, value in flatten(to_plain(config)).items()
-        if key not in FREE and not key.startswith(("optim.", "schedule."))
+        if key == "optim.name" or (key not in FREE and not key.startswith(("optim.", "schedule.")))
     }
     return json.dumps(fixed, sort_keys=True)

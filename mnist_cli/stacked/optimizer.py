@@ -97,7 +97,8 @@ def _stacked_state(
 # --- the formulas --------------------------------------------------------------------------------
 
 # Of each kind two functions: the numbers of a step out of the constants (K,) float64 and the count
-# of this step, from 1; and the step itself, with those numbers as (K, 1, ...) of the weights' type.
+# of this step, from 1; and the step, with those numbers as (K, 1, ...) of the weights' type. It
+# overwrites the gradient, since fresh memory for a large tensor costs more than a pass over it.
 
 
 def _sgd_rates(c: Tensors, count: float) -> Tensors:
@@ -131,8 +132,8 @@ def _adam_rates(c: Tensors, count: float) -> Tensors:
 def _adam(weights: Tensor, grad: Tensor, state: Tensors, c: Tensors) -> None:
     grad = _decayed(grad, weights, c)
     mean = state["exp_avg"].lerp_(grad, c["first"])
-    square = state["exp_avg_sq"].lerp_(grad.square(), c["second"])
-    root = square.sqrt().mul_(c["root"]).add_(c["eps"])
+    square = state["exp_avg_sq"].lerp_(grad.square_(), c["second"])
+    root = torch.sqrt(square, out=grad).mul_(c["root"]).add_(c["eps"])
     weights.addcmul_(torch.div(mean, root, out=root), c["rate"])
 
 
@@ -153,8 +154,9 @@ def _rmsprop_rates(c: Tensors, count: float) -> Tensors:
 
 def _rmsprop(weights: Tensor, grad: Tensor, state: Tensors, c: Tensors) -> None:
     grad = _decayed(grad, weights, c)
-    root = state["square_avg"].lerp_(grad.square(), c["new"]).sqrt().add_(c["eps"])
-    change = torch.div(grad, root, out=root)
+    spare = grad.square()
+    square = state["square_avg"].lerp_(spare, c["new"])
+    change = grad.div_(torch.sqrt(square, out=spare).add_(c["eps"]))
     if "momentum_buffer" in state:
         change = state["momentum_buffer"].mul_(c["momentum"]).add_(change)
     weights.addcmul_(change, c["rate"])
@@ -168,7 +170,7 @@ def _adagrad_rates(c: Tensors, count: float) -> Tensors:
 def _adagrad(weights: Tensor, grad: Tensor, state: Tensors, c: Tensors) -> None:
     grad = _decayed(grad, weights, c)
     root = state["sum"].addcmul_(grad, grad).sqrt().add_(c["eps"])
-    weights.addcmul_(torch.div(grad, root, out=root), c["rate"])
+    weights.addcmul_(grad.div_(root), c["rate"])
 
 
 def _adadelta_rates(c: Tensors, count: float) -> Tensors:
@@ -177,9 +179,11 @@ def _adadelta_rates(c: Tensors, count: float) -> Tensors:
 
 def _adadelta(weights: Tensor, grad: Tensor, state: Tensors, c: Tensors) -> None:
     grad = _decayed(grad, weights, c)
-    root = state["square_avg"].lerp_(grad.square(), c["new"]).add(c["eps"]).sqrt_()
-    change = (state["acc_delta"] + c["eps"]).sqrt_().div_(root).mul_(grad)
-    state["acc_delta"].lerp_(change.square(), c["new"])
+    spare = grad.square()
+    square = state["square_avg"].lerp_(spare, c["new"])
+    change = grad.div_(torch.add(square, c["eps"], out=spare).sqrt_())
+    change.mul_(torch.add(state["acc_delta"], c["eps"], out=spare).sqrt_())
+    state["acc_delta"].lerp_(torch.square(change, out=spare), c["new"])
     weights.addcmul_(change, c["rate"])
 
 
@@ -189,7 +193,7 @@ def _decay(c: Tensors) -> Tensors:
 
 
 def _decayed(grad: Tensor, weights: Tensor, c: Tensors) -> Tensor:
-    return grad.addcmul(weights, c["decay"]) if "decay" in c else grad
+    return grad.addcmul_(weights, c["decay"]) if "decay" in c else grad
 
 
 _RATES = {
