@@ -13,7 +13,7 @@ import hydra
 import pytest
 import torch
 from conftest import Program
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -100,7 +100,7 @@ def models_like(reference: Sequence[Mlp]) -> list[Mlp]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 def test_every_optimizer_steps_as_torch_does(name: str, data: st.DataObject) -> None:
     configs = data.draw(st.lists(CONFIGS[name], min_size=3, max_size=3))
     alone = [Mlp((4,), 0.0, (3,), 2) for _ in configs]
