@@ -31,7 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from mnist_cli import __version__, dataset, durable, optim, strict_json
-from mnist_cli.config import EmnistConfig, ImageFilesConfig, TrainConfig, to_plain, train_config
+from mnist_cli.config import (
+    EmnistConfig,
+    ImageFilesConfig,
+    TrainConfig,
+    UntypedPluginError,
+    to_plain,
+    train_config,
+)
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, DatasetSpec
 from mnist_cli.errors import CheckpointError, DivergedError, UsageError, shown
@@ -189,6 +196,7 @@ def load(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: it is missing, damaged, foreign or from a newer version.
+        UsageError: it was made with a plugin whose name was not typed.
     """
     try:
         return decode(read_regular_file(path, _check_start))
@@ -335,6 +343,8 @@ def _parse_document(document: dict[str, Any]) -> tuple[TrainConfig, _Document]:
     try:
         config = train_config(rest.pop("config", None))
         return config, parse(_Document, rest)
+    except UntypedPluginError:
+        raise
     except UsageError as error:
         raise _Refused(f"describes no run that can be: {error}", _FOREIGN) from error
 

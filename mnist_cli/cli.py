@@ -7,6 +7,7 @@ and only one that trains, evaluates or exports imports torch.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except MnistCliError as error:
-        console.error(error.message, error.hint, error.exit_code)
+        console.error(error.message, error.hint, error.exit_code, instead=error.document)
         return error.exit_code
     except Interrupted as error:
         console.error(error.message, error.hint, error.exit_code)
@@ -57,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if is_out_of_memory(error):
             console.error("out of memory", "type a smaller batch_size=, or take a smaller model", 6)
+            return 6
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            console.error("too many files are open", "allow more with ulimit -n 1024", 6)
             return 6
         import traceback
 
@@ -90,6 +94,11 @@ def _dispatch(line: Line, console: Console, started_s: float) -> int:
                 f"--config-dir {shown(folder)} is not a folder",
                 "name a folder with options of your own, such as DIR/optim/NAME.yaml",
             )
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise UsageError(
+                f"--config-dir {shown(folder)} can't be read: Permission denied",
+                "make it readable, or name another folder",
+            )
     if "version" in line.own:
         console.answer(f"mnist-cli {__version__}", {"version": __version__})
     elif line.command is None:
@@ -98,8 +107,9 @@ def _dispatch(line: Line, console: Console, started_s: float) -> int:
         text = usage.command_usage(line.command, line.config_dirs)
         console.answer(text, {"help": text})
     elif line.command == "list":
-        group = line.overrides[0] if line.overrides else None
-        if len(line.overrides) > 1 or (line.hydra and not line.config_dirs):
+        groups = [word for word in line.overrides if not word.startswith("plugin=")]
+        group = groups[0] if groups else None
+        if len(groups) > 1 or (line.hydra and not line.config_dirs):
             raise UsageError("list takes one group at most", "type mnist-cli list model")
         data = usage.list_data(group, line.config_dirs)
         console.answer(usage.list_text(group, line.config_dirs), data)

@@ -7,6 +7,7 @@ They come from file names and a few lines of YAML; neither Hydra nor torch is im
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -14,25 +15,33 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mnist_cli import conf
+from mnist_cli.errors import UsageError
+from mnist_cli.line import typed_plugins
 
 # The values that a key may have, where they can be counted; a test compares with `config`.
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("float32", "bfloat16", "float16"),
+    "sweep.search": ("grid", "optuna"),
+    "sweep.sampler": ("tpe", "gp", "random", "grid"),
+    "sweep.pruner": ("none", "median", "halving"),
     "monitor": ("auto", "val_loss", "val_accuracy", "val_mse"),
     "dataset.split": ("byclass", "bymerge", "balanced", "letters", "digits", "mnist"),
     "split": ("test", "val", "train"),
     "format": ("onnx", "torch_export", "safetensors"),
     "quantize": ("none", "int8"),
+    "preprocess": ("auto", "none"),
 }
 
 # The keys that name a file or folder, with the ends of the files to show beside folders.
 PATHS: dict[str, tuple[str, ...]] = {
     "checkpoint": (".safetensors", ".onnx"),
     "dataset.root": (),
+    "images": (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"),
     "out": (),
     "resume": (),
     "run": (),
+    "sweep.resume": (),
 }
 
 # The flags that take a word of their own.
@@ -147,6 +156,9 @@ def complete(words: Sequence[str], current: str) -> list[str]:
     before = words[-1] if words else ""
     if is_path(words, current):
         prefix, typed = ("", current) if before in FLAG_VALUES else (f"{key}=", value)
+        if key == "images":  # several, separated by commas
+            done, comma, typed = value.rpartition(",")
+            prefix += done + comma
         extra = ("auto",) if key == "resume" else ()
         found: Iterable[str] = (*_files(typed, PATHS.get(key, ())), *extra)
         return _matching((f"{prefix}{name}" for name in found), current)
@@ -187,6 +199,11 @@ def _parse(words: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
         elif not word.startswith("-") and word not in FLAG_VALUES.get(before, ()):
             rest.append(word)
         before = word
+    if names := typed_plugins(rest):
+        from mnist_cli import plugin
+
+        with contextlib.suppress(UsageError):  # no such plugin
+            config_dirs += plugin.folders(names)
     return config_dirs, rest[0] if rest else None, rest[1:]
 
 
@@ -231,6 +248,10 @@ def _values(
     if key in chosen or (chosen and key == f"+{conf.EXPERIMENT}"):
         return tuple(conf.options(group, config_dirs))
     defaults = {each.path: each.default for each in _option_keys(command, config_dirs, chosen)}
+    if key == "plugin" and key in defaults:
+        from mnist_cli import plugin
+
+        return tuple(plugin.installed())
     if defaults.get(key) in ("true", "false"):
         return ("true", "false")
     return CHOICES.get(key, ()) if key in defaults else ()
@@ -249,7 +270,7 @@ def _files(typed: str, ends: tuple[str, ...]) -> list[str]:
         for path in found
         if path.name.startswith(name)
         and (name or not path.name.startswith("."))
-        and (path.is_dir() or path.name.endswith(ends))
+        and (path.is_dir() or path.name.lower().endswith(ends))
     ]
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,25 +18,44 @@ from typing import Any
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_cli import conf
-from mnist_cli.config import EvalConfig, TrainConfig, eval_config, export_config, train_config
+from mnist_cli import conf, plugin
+from mnist_cli.config import (
+    EvalConfig,
+    PredictConfig,
+    ReportConfig,
+    SweepConfig,
+    TrainConfig,
+    eval_config,
+    export_config,
+    predict_config,
+    report_config,
+    sweep_config,
+    train_config,
+)
 from mnist_cli.console import Console
-from mnist_cli.errors import UsageError, shown
+from mnist_cli.errors import Interrupted, UsageError, one_line, shown
 from mnist_cli.explain import hydra_errors, no_such_key
 from mnist_cli.line import Line
-from mnist_cli.run import quoted
+from mnist_cli.run import RunFolder, quoted
 from mnist_cli.sweep import Job
+from mnist_cli.sweep.search import Choice, Numbers, words_of
 from mnist_cli.typed import UnknownKeyError
 
 IS_13 = hydra.__version__.startswith("1.3")
-PATH_KEYS = ("checkpoint", "out", "resume", "dataset.root", "dataset.mirror")
+PATHS_KEYS = ("images", "run")  # of several paths
+PATH_KEYS = (
+    *PATHS_KEYS, "checkpoint", "out", "resume", "sweep.resume", "dataset.root", "dataset.mirror",
+)  # fmt: skip
+SEARCH_KEYS = tuple(f"sweep.{key}" for key in ("trials", "sampler", "pruner", "objectives"))
 PARSERS: dict[str, Callable[[object], Any]] = {
     "train": train_config,
     "eval": eval_config,
     "export": export_config,
+    "predict": predict_config,
+    "report": report_config,
 }
 
 
@@ -53,23 +74,68 @@ def run(line: Line, console: Console, started_s: float) -> int:
     with hydra_errors(line), initialized(line):
         parsed = OverridesParser.create().parse_overrides(overrides)
         if line.is_multirun:
-            jobs = sweep_jobs(line, parsed)
+            settings = sweep_settings(line, parsed)
+            is_search = settings is not None and settings.search == "optuna"
+            jobs = [] if is_search else sweep_jobs(line, parsed)
         else:
+            _refuse_sweep_keys(parsed)
             _refuse_sweep_values(parsed)
-            config = _compose(line, [*_groups_of_run(line), *overrides])
+            config = checked(line, _compose(line, [*_groups_of_run(line), *overrides]))
     if line.is_multirun:
         from mnist_cli import sweep
 
-        return sweep.run(jobs, console, lambda job, inner: command(job.config, job.typed, inner))
+        if settings is not None and settings.search == "optuna":
+            return _search(line, parsed, settings, console)
+        if settings is not None:
+            return sweep.run(jobs, settings, console, draw_typed)
+        return sweep.each(jobs, console, lambda job, inner: command(job.config, job.typed, inner))
     typed = [override.key_or_group for override in parsed]
-    console.document(command(config, typed, console, started_s))
+    document = command(config, typed, console, started_s)
+    console.document(document)
+    draw_report(config, document, console)
     return 0
+
+
+def draw_typed(job: Job, document: dict[str, Any], console: Console) -> None:
+    """Draw the report of a job of a sweep only where that was typed: it takes a second."""
+    if "report" in job.typed and document.get("status") == "completed":
+        draw_report(job.config, document, console)
+
+
+def draw_report(config: Any, document: dict[str, Any], console: Console) -> None:
+    """Draw what a training left. Its result stands already, so no failure here is one of the run.
+
+    Raises:
+        Interrupted: by a signal.
+    """
+    if not isinstance(config, TrainConfig):
+        return
+    folder = RunFolder(Path(document["run_dir"]))
+    # Of a run that was resumed, its own configuration says whether it has a page.
+    keys = {key.path: key.value for key in conf.read(folder.path / "config.yaml").keys}
+    if keys.get("report") is not True or folder.has_report():
+        return
+    again = f"type mnist-cli report {shlex.quote(f'run={folder.path}')}"
+    try:
+        from mnist_cli import report
+
+        report.draw(folder, console)
+    except (Interrupted, KeyboardInterrupt) as error:
+        number = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
+        raise Interrupted(
+            number, f"the run is complete, its report isn't: {folder.path}", again
+        ) from None
+    except Exception as error:
+        console.warn(f"no report was drawn: {one_line(str(error))}; {again}")
 
 
 def command(
     config: Any, typed: Sequence[str], console: Console, started_s: float | None = None
-) -> dict[str, Any]:
-    """Run the command of `config`. torch is imported here, after all that can be wrong was said."""
+) -> Any:
+    """Run the command of `config` and return its document, a list of `predict`, else a dict.
+
+    torch is imported here, after all that can be wrong was said.
+    """
     if isinstance(config, TrainConfig):
         from mnist_cli import train
 
@@ -78,6 +144,14 @@ def command(
         from mnist_cli import evaluate
 
         return evaluate.run(config, console)
+    if isinstance(config, PredictConfig):
+        from mnist_cli import predict
+
+        return predict.run(config, console)
+    if isinstance(config, ReportConfig):
+        from mnist_cli import report
+
+        return report.run(config, console)
     from mnist_cli import export
 
     return export.run(config, console)
@@ -93,21 +167,26 @@ def initialized(line: Line) -> Iterator[None]:
         yield
 
 
-def _compose(line: Line, overrides: Sequence[str]) -> Any:
-    """The checked configuration of one job."""
-    search = [quoted(f"file://{Path(folder).absolute()}") for folder in line.config_dirs]
-    if search:
-        overrides = [*overrides, f"hydra.searchpath=[{','.join(search)}]"]
-    return checked(line, hydra.compose(line.command, list(overrides)))
+def _compose(line: Line, overrides: Sequence[str]) -> DictConfig:
+    """What Hydra makes of `overrides`."""
+    return hydra.compose(line.command, [*overrides, *searched(line.config_dirs)])
+
+
+def searched(folders: Sequence[str]) -> list[str]:
+    """The override that makes Hydra search `folders`, if there are any."""
+    search = [quoted(f"file://{Path(folder).absolute()}") for folder in folders]
+    return [f"hydra.searchpath=[{','.join(search)}]"] if search else []
 
 
 def checked(line: Line, composed: DictConfig) -> Any:
     """The typed configuration of what Hydra composed. Raises UsageError."""
     data = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(data, dict)
+    data.pop("sweep", None)  # a job knows nothing of its sweep
     for key, value in data.items():
         if value == "???":
-            raise UsageError(f"{key!s}= is required", f"type mnist-cli {line.command} {key!s}=RUN")
+            needed = "images=PATH" if key == "images" else f"{key!s}=RUN"
+            raise UsageError(f"{key!s}= is required", f"type mnist-cli {line.command} {needed}")
     for word in line.overrides:
         key = word.lstrip("+~").partition("=")[0]
         if key in conf.GROUPS and "[" in word:
@@ -116,6 +195,9 @@ def checked(line: Line, composed: DictConfig) -> Any:
             )
         if key.endswith(".name") and key.removesuffix(".name") in conf.GROUPS:
             raise no_such_key(line, key)
+    plugin.use(line.plugins)
+    if isinstance(data.get("plugin"), str):
+        data["plugin"] = [data["plugin"]]
     try:
         return PARSERS[line.command or ""](data)
     except UnknownKeyError as error:
@@ -137,14 +219,128 @@ def _groups_of_run(line: Line) -> list[str]:
     ]
 
 
+def sweep_settings(line: Line, parsed: Sequence[Override]) -> SweepConfig | None:
+    """The keys `sweep.*`, which only `train` has. Raises UsageError."""
+    own = [override for override in parsed if is_sweep_key(override)]
+    for override in own:
+        if override.is_sweep_override():
+            raise UsageError(
+                f"{shown(override.input_line)} gives several values to a key of the whole sweep",
+                "type one value",
+            )
+    words = [_first_word(override) for override in parsed]
+    data = OmegaConf.to_container(_compose(line, words), resolve=True)
+    assert isinstance(data, dict)
+    settings = sweep_config(data["sweep"]) if "sweep" in data else None
+    for override in own:
+        if override.key_or_group in SEARCH_KEYS and settings and settings.search == "grid":
+            raise UsageError(
+                f"{shown(override.input_line)} is for a search, and sweep.search=grid tries all",
+                "add sweep.search=optuna",
+            )
+    return settings
+
+
 def sweep_jobs(line: Line, parsed: Sequence[Override]) -> list[Job]:
     """Every job of a sweep, composed and checked before the first one starts."""
-    combinations = BasicSweeper.split_arguments(list(parsed), None)[0]
+    swept = [override for override in parsed if not is_sweep_key(override)]
+    for override in swept:
+        if override.is_interval_sweep():
+            raise UsageError(
+                f"{shown(override.input_line)} can't be counted",
+                "type a list of values, or add sweep.search=optuna to search in it",
+            )
+    combinations = BasicSweeper.split_arguments(swept, None)[0]
     distinct = dict.fromkeys(tuple(words) for words in combinations)
-    jobs = [Job(words, _compose(line, words)) for words in distinct]
+    jobs = [Job(words, checked(line, _compose(line, words))) for words in distinct]
     if not jobs:
         raise UsageError("the sweep has no jobs: a key has no values", "type key=a,b with -m")
     return jobs
+
+
+def search_space(parsed: Sequence[Override]) -> list[Choice | Numbers]:
+    """What a search may choose from: each word with several values. Raises UsageError."""
+    space: list[Choice | Numbers] = []
+    for override in parsed:
+        if not override.is_sweep_override():
+            continue
+        key, value = override.get_key_element(), override.value()
+        if override.key_or_group == "seed":
+            raise UsageError(
+                f"{shown(override.input_line)}: a search doesn't choose the seed", "type one seed"
+            )
+        tags = value.tags if isinstance(value, Sweep) else set()
+        if isinstance(value, IntervalSweep):
+            assert value.start is not None and value.end is not None
+            part: Choice | Numbers = Numbers(key, value.start, value.end, None, "log" in tags)
+        elif isinstance(value, RangeSweep):
+            counted = list(value.range())
+            if not counted:
+                raise UsageError(f"{shown(override.input_line)} has no values", "turn it around")
+            part = Numbers(key, min(counted), max(counted), abs(value.step), "log" in tags)
+        else:
+            part = Choice(key, tuple(dict.fromkeys(override.sweep_string_iterator())))
+        if isinstance(part, Numbers) and (part.low > part.high or (part.is_log and part.low <= 0)):
+            raise UsageError(
+                f"{shown(override.input_line)} is no range to search in",
+                "type the smaller end first"
+                if part.low > part.high
+                else "a log needs ends above 0",
+            )
+        space.append(part)
+    if not space:
+        raise UsageError(
+            "sweep.search=optuna has nothing to choose",
+            "give a key several values: 'optim.lr=tag(log, interval(1e-4, 1e-1))'",
+        )
+    return space
+
+
+def _search(line: Line, parsed: Sequence[Override], settings: SweepConfig, console: Console) -> int:
+    """A search, once the ends of every range and each choice are known to compose."""
+    from mnist_cli import sweep
+
+    last = {override.key_or_group: override for override in parsed if not is_sweep_key(override)}
+    swept = list(last.values())  # of a key that is typed twice the last value counts
+    fixed = [override.input_line or "" for override in swept if not override.is_sweep_override()]
+
+    def make_job(words: Sequence[str]) -> Job:
+        with hydra_errors(line), initialized(line):
+            return Job((*fixed, *words), checked(line, _compose(line, [*fixed, *words])))
+
+    space = search_space(swept)
+    middle = {part.key: part.ends[0] for part in space}
+    first = make_job(words_of(space, middle))
+    for part in space:
+        for end in part.ends[1:]:
+            make_job(words_of(space, middle | {part.key: end}))
+    return sweep.run_search(space, first, make_job, settings, console, draw_typed)
+
+
+def _first_word(override: Override) -> str:
+    """`override` with the first of its values."""
+    if not override.is_sweep_override():
+        return override.input_line or ""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return f"{override.get_key_element()}={value.start!r}"
+    first = next(iter(override.sweep_string_iterator()), None)
+    if first is None:
+        raise UsageError("the sweep has no jobs: a key has no values", "type key=a,b with -m")
+    return f"{override.get_key_element()}={first}"
+
+
+def is_sweep_key(override: Override) -> bool:
+    return override.key_or_group.partition(".")[0] == "sweep"
+
+
+def _refuse_sweep_keys(parsed: Sequence[Override]) -> None:
+    for override in parsed:
+        if is_sweep_key(override):
+            raise UsageError(
+                f"{shown(override.input_line)} is for a sweep, and this is one run",
+                "add -m to run a sweep",
+            )
 
 
 def _refuse_sweep_values(parsed: Sequence[Override]) -> None:
@@ -159,13 +355,26 @@ def _refuse_sweep_values(parsed: Sequence[Override]) -> None:
 
 
 def _with_quoted_path(word: str, is_multirun: bool) -> str:
-    """`word` with its value quoted where it is a path: people type runs/lr=0.1 without thinking."""
+    """`word` with its value quoted where it is a path: people type runs/lr=0.1 without thinking.
+
+    Several paths, as `images` takes them, become a list. With -m a comma means one job for each, as
+    with any key.
+    """
     key, equals, value = word.partition("=")
-    plain = not value or value == "null" or value[0] in "'\"" or value.startswith("${")
-    if not equals or key.lstrip("+") not in PATH_KEYS or plain:
+    if not equals or key.lstrip("+") not in PATH_KEYS or not value or value == "null":
         return word
-    parts = value.split(",") if is_multirun else [value]
-    return f"{key}={','.join(quoted(part) for part in parts)}"
+    plain = value[0] in "'\"" or value.startswith("${")
+    if key.lstrip("+") not in PATHS_KEYS:
+        parts = value.split(",") if is_multirun else [value]
+        return word if plain else f"{key}={','.join(quoted(part) for part in parts)}"
+    if value[0] == "[" and value[-1] == "]":
+        return word
+    paths = [value] if plain else [quoted(part) for part in value.split(",")]
+    return (
+        f"{key}={','.join(f'[{path}]' for path in paths)}"
+        if is_multirun
+        else (f"{key}=[{','.join(paths)}]")
+    )
 
 
 def _speaks_of_hydra(line: Line) -> bool:

@@ -18,6 +18,8 @@ COMMANDS = {
     "train": "Train a model, select it on the validation split, test it once",
     "eval": "Measure a checkpoint, or an exported .onnx file, on a split of its data",
     "export": "Write a deployable file and prove that it answers as the checkpoint does",
+    "predict": "Label image files, with probabilities",
+    "report": "Draw a page about a run, or about two runs beside each other",
     "list": "Show what can be chosen, one line each",
 }
 

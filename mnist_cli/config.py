@@ -1,8 +1,10 @@
 """What can be configured: one frozen dataclass for each command and for each option of a group.
 
-`train_config`, `eval_config` and `export_config` turn plain data (a composed configuration, or the
-JSON of a checkpoint) into one of them, after every type, range and cross-check. Neither Hydra nor
+`train_config` and its siblings turn plain data (a composed configuration, or the JSON of a
+checkpoint) into one of them, after every type, range and cross-check. Neither Hydra nor
 torch is imported here. What a key means and its default stand in `conf/`; types and ranges here.
+
+The last member of each group's union, `Plugin...Config`, is what a plugin's options inherit from.
 """
 
 from __future__ import annotations
@@ -11,11 +13,17 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mnist_cli.errors import UsageError
+from mnist_cli.errors import UsageError, shown
 from mnist_cli.typed import Range, parse
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 MAX_NUMBERS = 10**7  # of a synthetic training set
 
@@ -24,6 +32,7 @@ Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
 Share = Annotated[float, Range(least=0, below=1)]
+Width = Annotated[int, Range(least=1, most=65_536)]
 
 # --- model ---------------------------------------------------------------------------------------
 
@@ -36,13 +45,15 @@ class LinearModelConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlpConfig:
     name: Literal["mlp"]
-    hidden: tuple[Annotated[int, Range(least=1, most=65_536)], ...]
+    hidden: tuple[Width, ...]
     dropout: Share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CnnConfig:
     name: Literal["cnn"]
+    channels: tuple[Width, Width]
+    dense: Width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +68,18 @@ class CnnDeepConfig:
     name: Literal["cnn_deep"]
 
 
-ModelConfig = LinearModelConfig | MlpConfig | CnnConfig | CnnDropoutConfig | CnnDeepConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginModelConfig:
+    name: str
+
+    def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+        """The model, as `build_model` describes it; UsageError where it can't read such samples."""
+        raise NotImplementedError
+
+
+ModelConfig = (
+    LinearModelConfig | MlpConfig | CnnConfig | CnnDropoutConfig | CnnDeepConfig | PluginModelConfig
+)
 
 
 # --- optim ---------------------------------------------------------------------------------------
@@ -109,7 +131,19 @@ class AdadeltaConfig:
     weight_decay: NonNegative
 
 
-OptimConfig = SgdConfig | AdamConfig | RmspropConfig | AdagradConfig | AdadeltaConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginOptimConfig:
+    name: str
+    lr: Positive
+
+    def build(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer. What it keeps of a parameter has the parameter's shape, or is `step`."""
+        raise NotImplementedError
+
+
+OptimConfig = (
+    SgdConfig | AdamConfig | RmspropConfig | AdagradConfig | AdadeltaConfig | PluginOptimConfig
+)
 
 
 # --- loss ----------------------------------------------------------------------------------------
@@ -126,7 +160,22 @@ class MseConfig:
     name: Literal["mse"]
 
 
-LossConfig = SmoothedLossConfig | MseConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginLossConfig:
+    name: str
+
+    def build(
+        self, task: Literal["classification", "regression"]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of (outputs, targets), as `build_loss` describes it.
+
+        Raises:
+            UsageError: the loss isn't made for this task.
+        """
+        raise NotImplementedError
+
+
+LossConfig = SmoothedLossConfig | MseConfig | PluginLossConfig
 
 
 # --- dataset -------------------------------------------------------------------------------------
@@ -164,7 +213,26 @@ class LinearDatasetConfig:
     val_fraction: Share
 
 
-DatasetConfig = ImageFilesConfig | EmnistConfig | DigitsConfig | LinearDatasetConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginDatasetConfig:
+    name: str
+    val_fraction: Share
+
+    def classes(self) -> tuple[str, ...]:
+        """A name for each class."""
+        raise NotImplementedError
+
+    def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Official training images and labels, then those of the test set.
+
+        Images are (N, C, H, W) uint8, labels (N,) uint8 from 0; each class is in both sets.
+        """
+        raise NotImplementedError
+
+
+DatasetConfig = (
+    ImageFilesConfig | EmnistConfig | DigitsConfig | LinearDatasetConfig | PluginDatasetConfig
+)
 
 
 # --- schedule ------------------------------------------------------------------------------------
@@ -200,7 +268,70 @@ class OnecycleConfig:
     warmup_epochs: NonNegative
 
 
-ScheduleConfig = ConstantConfig | StepConfig | CosineConfig | OnecycleConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginScheduleConfig:
+    name: str
+    warmup_epochs: NonNegative
+
+    def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
+        """The factor on the base learning rate, in 0..1, before the warm-up is multiplied in.
+
+        The arguments are those of `lr_factor`. A pure function: a run that is resumed asks again.
+        """
+        raise NotImplementedError
+
+
+ScheduleConfig = ConstantConfig | StepConfig | CosineConfig | OnecycleConfig | PluginScheduleConfig
+
+
+# --- plugins -------------------------------------------------------------------------------------
+
+PluginConfig = (
+    PluginModelConfig
+    | PluginOptimConfig
+    | PluginLossConfig
+    | PluginDatasetConfig
+    | PluginScheduleConfig
+)
+UNIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "loss": LossConfig,
+    "dataset": DatasetConfig,
+    "schedule": ScheduleConfig,
+}
+
+# Group and class of the options of each plugin that was typed. `plugin.use` alone fills it.
+PLUGINS: dict[str, list[tuple[str, type[PluginConfig]]]] = {}
+
+
+class UntypedPluginError(UsageError):
+    """A configuration needs a plugin whose name was not typed."""
+
+
+def plugin_words(names: Sequence[str]) -> list[str]:
+    """What to type for these plugins: nothing where there are none."""
+    if len(names) == 1:
+        return [f"plugin={names[0]}"]
+    return [f"plugin=[{','.join(names)}]"] if names else []
+
+
+def _with_plugins(data: object) -> dict[str, Any]:
+    """The unions of the groups, with the options of the plugins that `data` names."""
+    named = data.get("plugin") if isinstance(data, dict) else None
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    unions = dict(UNIONS)
+    for name in names:
+        if not re.fullmatch(r"[\w.-]{1,80}", name):
+            raise UsageError(f"plugin={shown(name)} can't be a plugin", "type plugin=NAME")
+        if name not in PLUGINS:
+            raise UntypedPluginError(
+                f"the configuration needs the plugin '{name}', and nothing is imported unasked",
+                f"if you trust that package, type {shlex.join(plugin_words(names))}",
+            )
+        for group, option in PLUGINS[name]:
+            unions[group] |= option
+    return unions
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -232,6 +363,9 @@ class TrainConfig:
     resume: str | None
     resume_allow: tuple[str, ...]
     profile: bool
+    plugin: tuple[str, ...]
+    report: bool
+    predictions: bool
     out: str | None
 
     @property
@@ -246,6 +380,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """How `train -m` goes through its jobs. No job knows of it: it trains as it would alone."""
+
+    jobs: Annotated[int, Range(least=1, most=1024)]
+    resume: str | None
+    fail_fast: bool
+    search: Literal["grid", "optuna"]
+    trials: Annotated[int, Range(least=1, most=100_000)]
+    sampler: Literal["tpe", "gp", "random", "grid"]
+    pruner: Literal["none", "median", "halving"]
+    objectives: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RootConfig:
     root: str | None
 
@@ -256,6 +404,7 @@ class EvalConfig:
     split: Literal["test", "val", "train"]
     device: str
     dataset: RootConfig
+    plugin: tuple[str, ...]
     out: str | None
 
 
@@ -270,8 +419,38 @@ class ExportConfig:
     benchmark: bool
     overwrite: bool
     dataset: RootConfig
+    plugin: tuple[str, ...]
     out: str | None
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictConfig:
+    checkpoint: str
+    images: tuple[str, ...]
+    preprocess: Literal["auto", "none"]
+    device: str
+    plugin: tuple[str, ...]
+    out: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    run: tuple[str, ...]
+    dataset: RootConfig
+    plugin: tuple[str, ...]
+    out: str | None
+
+
+Config = TrainConfig | EvalConfig | ExportConfig | PredictConfig | ReportConfig
+
+# What a search may optimize, and which way; `train_s` is the only one that doesn't repeat exactly.
+OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
+    "val_accuracy": "maximize",
+    "val_loss": "minimize",
+    "val_mse": "minimize",
+    "train_s": "minimize",
+    "num_params": "minimize",
+}
 
 # Keys of `train` that don't change the numbers of a run; they may differ when one is resumed.
 FREE_KEYS = (
@@ -282,13 +461,16 @@ FREE_KEYS = (
     "resume",
     "resume_allow",
     "profile",
+    "plugin",
+    "report",
+    "predictions",
     "out",
 )
 
 
 def train_config(data: object) -> TrainConfig:
     """Parse and cross-check. Raises UsageError, naming both sides of what doesn't fit."""
-    config = parse(TrainConfig, data)
+    config = parse(TrainConfig, data, _with_plugins(data))
     _check_out(config.out)
     _check_device(config.device)
     if isinstance(config.model, MlpConfig) and len(config.model.hidden) > 64:
@@ -322,6 +504,33 @@ def train_config(data: object) -> TrainConfig:
     return config
 
 
+def sweep_config(data: object) -> SweepConfig:
+    """Parse and check the keys `sweep.*` of `train`. Raises UsageError."""
+    config = parse(_SweepBlock, {"sweep": data}).sweep
+    if config.resume is not None and not config.resume.strip():
+        raise UsageError("sweep.resume= is empty", "name the folder of a sweep: sweep.resume=DIR")
+    for name in config.objectives:
+        if name not in OBJECTIVES:
+            raise UsageError(
+                f"sweep.objectives names {shown(name)}, which is no choice",
+                f"name some of: {', '.join(OBJECTIVES)}",
+            )
+    if len(config.objectives) != len(set(config.objectives)):
+        raise UsageError("sweep.objectives names one of them twice", "name each once")
+    if config.objectives and config.pruner != "none" and len(config.objectives) > 1:
+        raise UsageError(
+            f"sweep.pruner={config.pruner} compares one value, but sweep.objectives names"
+            f" {len(config.objectives)}",
+            "type sweep.pruner=none, or one objective",
+        )
+    return config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SweepBlock:
+    sweep: SweepConfig
+
+
 def eval_config(data: object) -> EvalConfig:
     """Parse and check. Raises UsageError."""
     config = parse(EvalConfig, data)
@@ -339,6 +548,35 @@ def export_config(data: object) -> ExportConfig:
     if config.quantize != "none" and config.format != "onnx":
         raise UsageError(
             f"quantize={config.quantize} doesn't go with format={config.format}", "type format=onnx"
+        )
+    return config
+
+
+def predict_config(data: object) -> PredictConfig:
+    """Parse and check. Raises UsageError."""
+    config = parse(PredictConfig, data)
+    _check_out(config.out)
+    _check_checkpoint(config.checkpoint, "predict")
+    if not all(config.images) or not config.images:
+        raise UsageError(
+            "images= is empty" if not any(config.images) else "images= names a file without a name",
+            "name files, folders or globs: images=a.png,b.png",
+        )
+    _check_device(config.device)
+    return config
+
+
+def report_config(data: object) -> ReportConfig:
+    """Parse and check. Raises UsageError."""
+    if isinstance(data, dict) and isinstance(data.get("run"), str):
+        data = data | {"run": [data["run"]]}
+    config = parse(ReportConfig, data)
+    _check_out(config.out)
+    if not config.run or not all(config.run):
+        raise UsageError("run= is empty", "name a run folder: mnist-cli report run=RUN")
+    if len(config.run) > 2:
+        raise UsageError(
+            f"run= names {len(config.run)} runs", "name one, or two to compare: run=A,B"
         )
     return config
 
@@ -379,7 +617,7 @@ def _check_size(dataset: LinearDatasetConfig) -> None:
 def _check_task(config: TrainConfig) -> None:
     dataset, model, loss = config.dataset.name, config.model.name, config.loss.name
     if config.task == "regression":
-        if loss != "mse":
+        if loss != "mse" and not isinstance(config.loss, PluginLossConfig):
             raise UsageError(
                 f"loss={loss} compares classes, but dataset={dataset} holds numbers",
                 "type loss=mse",
@@ -448,7 +686,7 @@ def save_every_s(text: str) -> float:
     return float(match[1])
 
 
-def to_plain(config: TrainConfig | EvalConfig | ExportConfig) -> dict[str, Any]:
+def to_plain(config: Config) -> dict[str, Any]:
     """The configuration as dicts, lists and plain values; `train_config` reads it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
 

@@ -20,7 +20,9 @@ from mnist_cli.errors import ResourceError
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
+    from rich.live import Live
     from rich.progress import Progress
+    from rich.table import Table
 
 BAR_EVERY_S = 0.1
 
@@ -71,19 +73,11 @@ class Console:
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}")
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; the first column is text, the others are numbers and stand to the right."""
-        from rich import box
-        from rich.table import Table
-
-        is_utf8 = (getattr(self._stream, "encoding", None) or "utf-8").lower().startswith("utf")
-        table = Table(box=box.SIMPLE_HEAD if is_utf8 else box.ASCII)
-        for position, header in enumerate(headers):
-            is_text = position == 0
-            justify: Literal["left", "right"] = "left" if is_text else "right"
-            table.add_column(header, justify=justify, no_wrap=not is_text, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
+    def table(
+        self, headers: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int = 1
+    ) -> None:
+        """A table; its first columns are text, the others are numbers and stand to the right."""
+        table = self._table(headers, rows, num_texts)
         plain = io.StringIO()
         _rich(plain, width=100).print(table)
         if self._progress is None and not (self.quiet or self.brief) and self._stream.isatty():
@@ -91,6 +85,30 @@ class Console:
             _rich(self._stream).print(table)
         else:
             self.detail(plain.getvalue().rstrip("\n"))
+
+    def _table(
+        self,
+        headers: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        num_texts: int,
+        caption: str = "",
+    ) -> Table:
+        from rich import box
+        from rich.table import Table
+
+        is_utf8 = (getattr(self._stream, "encoding", None) or "utf-8").lower().startswith("utf")
+        table = Table(
+            box=box.SIMPLE_HEAD if is_utf8 else box.ASCII,
+            caption=caption or None,
+            caption_justify="left",
+        )
+        for position, header in enumerate(headers):
+            is_text = position < num_texts
+            justify: Literal["left", "right"] = "left" if is_text else "right"
+            table.add_column(header, justify=justify, no_wrap=not is_text, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        return table
 
     def document(self, data: Any) -> None:
         """With `--json`: the one document on stdout. Otherwise nothing."""
@@ -117,10 +135,19 @@ class Console:
                 raise _unwritable(error) from error
 
     def error(
-        self, message: str, hint: str, exit_code: int, more: dict[str, Any] | None = None
+        self,
+        message: str,
+        hint: str,
+        exit_code: int,
+        more: dict[str, Any] | None = None,
+        instead: list[Any] | None = None,
     ) -> None:
-        """The two lines of an expected failure; with `--json` also as a document, with `more`."""
-        self.document({"error": message, "hint": hint, "exit_code": exit_code} | (more or {}))
+        """The two lines of an expected failure.
+
+        With `--json` also as a document, with `more`; or that of the command `instead`.
+        """
+        failure = {"error": message, "hint": hint, "exit_code": exit_code} | (more or {})
+        self.document(failure if instead is None else instead)
         sys.stderr.write(f"error: {message}\nhint: {hint}\n")
 
     def _to_log(self, text: str) -> None:
@@ -176,6 +203,41 @@ class Console:
                 yield Bar(progress)
             finally:
                 self._progress = None
+
+    @contextlib.contextmanager
+    def live_table(self) -> Iterator[LiveTable | None]:
+        """A table that is drawn over and over; None where no person watches a terminal."""
+        if self.quiet or self.as_json or not self._stream.isatty():
+            yield None
+            return
+        from rich.live import Live
+
+        rich = _rich(self._stream)
+        with Live(console=rich, transient=True, auto_refresh=False) as live:
+            yield LiveTable(self, live)
+
+
+class LiveTable:
+    """The table of what is going on. Redrawn at most ten times a second."""
+
+    def __init__(self, console: Console, live: Live) -> None:
+        self._console, self._live = console, live
+        self._drawn = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self._drawn >= BAR_EVERY_S
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows find room beside the head and the caption."""
+        return max(3, self._live.console.height - 7)
+
+    def show(
+        self, headers: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int, caption: str
+    ) -> None:
+        self._drawn = time.monotonic()
+        self._live.update(self._console._table(headers, rows, num_texts, caption), refresh=True)
 
 
 class Bar:

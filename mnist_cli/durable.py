@@ -12,6 +12,8 @@ import errno
 import fcntl
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,21 +64,52 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hints = {
-            errno.ENOSPC: "free some space, or name another folder with out=DIR",
-            errno.EDQUOT: "free some space, or name another folder with out=DIR",
-            errno.EROFS: "name a folder that can be written to: out=DIR",
-            errno.EACCES: "name a folder that can be written to: out=DIR",
-        }
-        raise ResourceError(
-            f"can't write {path}: {error.strerror or error}",
-            hints.get(error.errno or 0, "check the disk, or name another folder with out=DIR"),
-        ) from error
+        raise _denied(f"can't write {path}", error, "name another folder with out=DIR") from error
+
+
+@contextlib.contextmanager
+def temporary_folder(room_bytes: int = 0) -> Iterator[Path]:
+    """A folder for libraries that only write to files; it is gone after the block.
+
+    Args:
+        room_bytes: what must be free there: a library may not notice that a file is cut short.
+
+    Raises:
+        ResourceError: there is no place for it, or none is left in it.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if shutil.disk_usage(folder).free < room_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield Path(folder)
+    except OSError as error:
+        elsewhere = "name a folder for them: TMPDIR=DIR mnist-cli ..."
+        raise _denied("can't write temporary files", error, elsewhere) from error
+
+
+def _denied(what: str, error: OSError, elsewhere: str) -> ResourceError:
+    """The error for something that can't be written here, but maybe `elsewhere`."""
+    reasons = {
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some space",
+        errno.EROFS: "make it writable",
+        errno.EACCES: "make it writable",
+    }
+    hint = f"{reasons.get(error.errno or 0, 'check the disk')}, or {elsewhere}"
+    if error.errno == errno.EMFILE:
+        hint = "allow more with ulimit -n 1024"
+    return ResourceError(f"{what}: {error.strerror or error}", hint)
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove the temporaries of `write` in `folder` whose process is gone."""
-    for entry in folder.iterdir():
+    """Remove the temporaries of `write` in `folder` whose process is gone.
+
+    Raises:
+        ResourceError: the folder can't be read.
+    """
+    with writing(folder):
+        entries = list(folder.iterdir())
+    for entry in entries:
         match = _TEMPORARY.fullmatch(entry.name)
         if match and not _is_alive(int(match["pid"])):
             with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@
       LockedError        7  the run folder is in use by another process
       ParityError        8  an export doesn't answer as its checkpoint does
       SweepError         1  some jobs of a sweep failed
+      PrunedError        -  a search gave this run up; no failure, and it never reaches the door
     Interrupted      130, 143  SIGINT or SIGTERM; a BaseException, which no `except Exception` stops
 
 Every error carries two lines for a person: what is wrong, and a hint of what to type next.
@@ -16,14 +17,22 @@ Every error carries two lines for a person: what is wrong, and a hint of what to
 
 from __future__ import annotations
 
+import shlex
+from typing import Any
+
 
 class MnistCliError(Exception):
-    """An expected failure: one `error:` line, one `hint:` line, one exit code, no traceback."""
+    """An expected failure: one `error:` line, one `hint:` line, one exit code, no traceback.
+
+    Args:
+        document: what `--json` prints in place of these, where a command failed in parts only.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str) -> None:
+    def __init__(self, message: str, hint: str, document: list[Any] | None = None) -> None:
         super().__init__(message, hint)
+        self.document = document
         self.message = one_line(message)
         self.hint = one_line(hint)
 
@@ -61,6 +70,14 @@ class ParityError(MnistCliError):
 
 class SweepError(MnistCliError):
     exit_code = 1
+
+
+class PrunedError(MnistCliError):
+    """A search found a run not worth its time after `epoch`. It could go on: all is saved."""
+
+    def __init__(self, epoch: int, folder: object) -> None:
+        resume = shlex.quote(f"resume={folder}")
+        super().__init__(f"pruned at epoch {epoch}", f"type mnist-cli train {resume}")
 
 
 class Interrupted(BaseException):

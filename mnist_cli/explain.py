@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ def hydra_errors(line: Line) -> Iterator[None]:
     except MnistCliError:
         raise
     except Exception as error:  # plain ones too, where a group is given something that is no name
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            raise
         raise _explained(line, error) from error
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
@@ -91,12 +94,14 @@ def _word_of(line: Line, key: str) -> str:
 def _unreadable(line: Line, word: str) -> UsageError:
     key, equals, value = word.partition("=")
     if not equals:
-        takes_checkpoint = line.command in ("eval", "export")
+        hints = {
+            "eval": f"type checkpoint={word}",
+            "export": f"type checkpoint={word}",
+            "predict": f"type checkpoint=RUN images={word}",
+        }
         return UsageError(
             f"{shown(word)} is not an override",
-            f"type checkpoint={word}"
-            if takes_checkpoint
-            else "overrides look like key=value: optim.lr=0.01",
+            hints.get(line.command or "", "overrides look like key=value: optim.lr=0.01"),
         )
     return UsageError(f"can't read the value of {shown(word)}", f"quote it: \"{key}='{value}'\"")
 

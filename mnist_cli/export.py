@@ -14,7 +14,6 @@ import logging
 import os
 import shlex
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from mnist_cli import __version__, durable, onnx_file, scoring
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli.checkpoint import Checkpoint
-from mnist_cli.config import ExportConfig, to_plain
+from mnist_cli.config import ExportConfig, plugin_words, to_plain
 from mnist_cli.console import Console
 from mnist_cli.dataset import DatasetSpec, Normalise, Split
 from mnist_cli.errors import ParityError, UsageError
@@ -117,7 +116,10 @@ def _example(spec: DatasetSpec) -> Tensor:
 def _program(found: Checkpoint, model: nn.Module) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
     deployable = Deployable(model, found.spec).eval()
-    return torch.export.export(deployable, (_example(found.spec),), dynamic_shapes=({0: batch},))
+    with durable.temporary_folder():  # torch asks for the place of such folders, without a use
+        return torch.export.export(
+            deployable, (_example(found.spec),), dynamic_shapes=({0: batch},)
+        )
 
 
 def _provenance(found: Checkpoint) -> dict[str, Any]:
@@ -164,8 +166,9 @@ def _quantized(proto: Any) -> Any:
 
     logging.disable(logging.WARNING)  # the quantizer advises a step that changes nothing here
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "model.onnx"
+        # The quantizer writes the model, the model with its shapes, and the result.
+        with durable.temporary_folder(room_bytes=4 * proto.ByteSize() + 2**16) as folder:
+            target = folder / "model.onnx"
             quantize_dynamic(
                 proto,
                 target,
@@ -290,5 +293,6 @@ def _show(document: dict[str, Any], found: Checkpoint, console: Console) -> None
             f" {row['export_ms']:.2f} ms export"
         )
     if document["format"] != "torch_export":
-        checkpoint = shlex.quote(f"checkpoint={document['path']}")
+        words = [f"checkpoint={document['path']}", *plugin_words(found.config.plugin)]
+        checkpoint = shlex.join(words)
         console.say(f"next     mnist-cli eval {checkpoint}")

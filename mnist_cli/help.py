@@ -36,6 +36,16 @@ EXAMPLES = {
         "mnist-cli export checkpoint=outputs/train/RUN format=onnx quantize=int8 out=deploy",
         "mnist-cli export checkpoint=outputs/train/RUN format=torch_export overwrite=true",
     ),
+    "predict": (
+        "mnist-cli predict checkpoint=outputs/train/RUN images=three.png,photos",
+        "mnist-cli predict checkpoint=model.onnx images='scans/*.jpg' out=labels",
+        "mnist-cli predict checkpoint=outputs/train/RUN images=- --json < three.png",
+    ),
+    "report": (
+        "mnist-cli report run=outputs/train/RUN",
+        "mnist-cli report run=runs/cnn,runs/mlp out=compared",
+        "mnist-cli report run=runs/cnn dataset.root=data --json",
+    ),
     "list": ("mnist-cli list", "mnist-cli list optim", "mnist-cli list --json"),
 }
 

@@ -8,20 +8,21 @@ import io
 import math
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_cli import compose, conf, sweep
-from mnist_cli.config import TrainConfig
+from mnist_cli import compose, conf, durable, plugin, sweep
+from mnist_cli.config import SweepConfig, TrainConfig
 from mnist_cli.console import Console
-from mnist_cli.errors import UsageError
+from mnist_cli.errors import UsageError, shown
 from mnist_cli.explain import hydra_errors
 from mnist_cli.line import Line
 from mnist_cli.run import quoted
@@ -38,20 +39,22 @@ def run(line: Line, overrides: Sequence[str], console: Console) -> int:
         return _show(line, overrides, console)
     if line.is_multirun:
         return _run_sweep(line, overrides, console)
-    outcome: list[Any] = []
+    outcome: list[tuple[Any, Any]] = []
 
     def task(composed: DictConfig) -> None:
         # Kept, not raised: Hydra would add lines of its own.
         try:
-            outcome.append(compose.command(compose.checked(line, composed), _typed(), console))
+            config = compose.checked(line, composed)
+            outcome.append((config, compose.command(config, _typed(), console)))
         except Exception as error:
-            outcome.append(error)
+            outcome.append((None, error))
 
     _hydra_main(line, overrides, task)
-    for document in outcome:
+    for config, document in outcome:
         if isinstance(document, Exception):
             raise document
         console.document(document)
+        compose.draw_report(config, document, console)
     return 0
 
 
@@ -74,42 +77,58 @@ def _show(line: Line, overrides: Sequence[str], console: Console) -> int:
 
 def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
     """A sweep by one of Hydra's sweepers and launchers, wherever they run its jobs."""
-    folder = sweep.folder_of(_check_jobs(line, overrides))
-    own = [word for word in overrides if not word.startswith("out=")]
+    folder = sweep.folder_of(*_check_jobs(line, overrides))
+    own = [word for word in overrides if not word.startswith(("out=", "sweep."))]
     if folder is not None:
         own.append(f"hydra.sweep.dir={quoted(str(folder))}")
-    here: list[tuple[str, dict[str, Any]]] = []
+    here: list[dict[str, Any]] = []
 
     def task(composed: DictConfig) -> float:
         # Failures are kept, not raised: Hydra would add lines of its own. NaN tells a sweeper.
         config = HydraConfig.get()
         words = tuple(config.overrides.task)
 
-        def run_job() -> dict[str, Any]:
-            job = sweep.Job(words, compose.checked(line, composed))
-            if isinstance(job.config, TrainConfig):
-                job = sweep.placed(job, Path(config.sweep.dir), [job])
-            return compose.command(job.config, job.typed, console)
-
-        document = sweep.outcome_of(run_job, console)
-        here.append((" ".join(words) or "-", document))
+        job = sweep.Job(words, compose.checked(line, composed))
+        if isinstance(job.config, TrainConfig):
+            job = sweep.placed(job, Path(config.sweep.dir), " ".join(words))
+            document = sweep.run_job(job, console)
+            compose.draw_typed(job, document, console)
+            if sweep.has_failed(document):
+                console.say(f"failed: {document['error']}")
+        else:
+            call = partial(compose.command, job.config, job.typed, console)
+            document = sweep.outcome_of(job, call, console)
+        here.append(document)
         value = (document.get("best") or {}).get("value")
         return math.nan if value is None else float(value)
 
-    with tempfile.TemporaryDirectory() as nowhere:
+    with durable.temporary_folder() as nowhere:
         if folder is None:  # eval and export write nothing of their own
-            own.append(f"hydra.sweep.dir={quoted(nowhere)}")
+            own.append(f"hydra.sweep.dir={quoted(str(nowhere))}")
         _hydra_main(line, own, task)
-    return sweep.finish(console, folder, here or (sweep.results_in(folder) if folder else []))
+    if folder is None:
+        return sweep.finish_each(console, here)
+    return sweep.finish(console, folder, here or None)
 
 
-def _check_jobs(line: Line, overrides: Sequence[str]) -> list[sweep.Job]:
+def _check_jobs(line: Line, overrides: Sequence[str]) -> tuple[list[sweep.Job], SweepConfig | None]:
     """Compose every job before one starts; the first alone where values are searched for."""
     plain = [word for word in overrides if not re.match(r"[+~]{0,2}hydra[./=@]", word)]
     with hydra_errors(line), compose.initialized(line):
         parsed = OverridesParser.create().parse_overrides(plain)
         listed = [o for o in parsed if not o.is_sweep_override() or o.is_discrete_sweep()]
-        return compose.sweep_jobs(line, listed)
+        _refuse_own_keys(listed)
+        return compose.sweep_jobs(line, listed), compose.sweep_settings(line, listed)
+
+
+def _refuse_own_keys(parsed: Sequence[Override]) -> None:
+    """Of the keys `sweep.*` only the folder means something to a launcher of Hydra."""
+    for override in parsed:
+        if compose.is_sweep_key(override) and override.key_or_group != "sweep.resume":
+            raise UsageError(
+                f"{shown(override.input_line)} doesn't go with hydra. keys: Hydra runs the jobs",
+                "leave either away",
+            )
 
 
 def _hydra_main(line: Line, overrides: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
@@ -118,7 +137,8 @@ def _hydra_main(line: Line, overrides: Sequence[str], task: Callable[[DictConfig
         14,
     ):  # hydra#3121: its help text fails argparse's check
         argparse.ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]
-    arguments, sys.argv = sys.argv, ["mnist-cli", *line.hydra, *overrides]
+    search = compose.searched(plugin.folders(line.plugins))
+    arguments, sys.argv = sys.argv, ["mnist-cli", *line.hydra, *search, *overrides]
     try:
         with hydra_errors(line):
             main = hydra.main(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from mnist_cli.conf import COMMANDS
@@ -30,9 +32,20 @@ class Line(NamedTuple):
     overrides: tuple[str, ...]
 
     @property
+    def plugins(self) -> tuple[str, ...]:
+        """The names that were typed as `plugin=a` or `plugin=[a,b]`."""
+        return typed_plugins(self.overrides)
+
+    @property
     def config_dirs(self) -> tuple[str, ...]:
+        """The folders of --config-dir, and of the plugins. Raises UsageError: no such plugin."""
         pairs = itertools.pairwise(word for flag in self.hydra for word in flag.split("=", 1))
-        return tuple(value for flag, value in pairs if flag in ("-cd", "--config-dir"))
+        folders = tuple(value for flag, value in pairs if flag in ("-cd", "--config-dir"))
+        if not self.plugins:
+            return folders
+        from mnist_cli import plugin
+
+        return (*folders, *plugin.folders(self.plugins))
 
     @property
     def hydra_flags(self) -> set[str]:
@@ -85,6 +98,14 @@ def parse_line(words: list[str]) -> Line:
     if command is None and hydra:
         raise UsageError(f"{hydra[0]} needs a command", f"type mnist-cli train {hydra[0]}")
     return Line(command, frozenset(own), tuple(hydra), tuple(rest))
+
+
+def typed_plugins(words: Iterable[str]) -> tuple[str, ...]:
+    """The names in `plugin=a` or `plugin=[a,b]`; of several such words the last one counts."""
+    values = [word for word in words if word.lstrip("+").startswith("plugin=")]
+    return tuple(
+        dict.fromkeys(re.findall(r"[\w.-]+", values[-1].partition("=")[2] if values else ""))
+    )
 
 
 def _unknown_command(word: str) -> UsageError:

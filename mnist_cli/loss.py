@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_cli.config import LossConfig, MseConfig
+from mnist_cli.config import LossConfig, MseConfig, PluginLossConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -24,8 +24,10 @@ def build_loss(config: LossConfig, task: Literal["classification", "regression"]
     """A function of (outputs, targets).
 
     Outputs are (B, K) floats. Targets are (B,) int64 on classification, and like the outputs on
-    regression, where the configuration admits `mse` only.
+    regression, where the configuration admits `mse` and losses of plugins only.
     """
+    if isinstance(config, PluginLossConfig):
+        return config.build(task)
     if isinstance(config, MseConfig):
         return squared_error if task == "regression" else squared_error_of_classes
     smoothed = {"cross_entropy": cross_entropy, "kl_div": kl_div, "bce": bce}

@@ -36,7 +36,7 @@ def classification(
     logits, labels = logits.detach().cpu().double(), labels.cpu()
     n, num_classes = logits.shape
     predicted = logits.argmax(dim=1)  # (N,) int64
-    probabilities = logits.softmax(dim=1)  # (N, K) float64
+    probabilities = probabilities_of(logits)
     cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     confusion = cells.reshape(num_classes, num_classes)  # rows: truth
     hits, support = confusion.diagonal(), confusion.sum(dim=1)
@@ -64,6 +64,11 @@ def classification(
     }
 
 
+def probabilities_of(logits: Tensor) -> Tensor:
+    """The softmax of (N, K) logits, whatever loss they were trained with: (N, K) float64."""
+    return logits.double().softmax(dim=1)
+
+
 def regression(outputs: Tensor, targets: Tensor, loss: float) -> dict[str, Any]:
     """The metrics of a regression; `r2` is None where the targets are all the same.
 
@@ -83,6 +88,12 @@ def regression(outputs: Tensor, targets: Tensor, loss: float) -> dict[str, Any]:
         "mae": residuals.abs().mean().item(),
         "r2": None if constant else (1 - residuals.square().sum() / spread).item(),
     }
+
+
+def surest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The class that each row of (N, K) answers, (N,) int64, and its probability, (N,) float64."""
+    logits = logits.detach().cpu().double()
+    return logits.argmax(dim=1), logits.softmax(dim=1).amax(dim=1)
 
 
 def wilson(num_correct: int, n: int) -> list[float]:
@@ -134,13 +145,55 @@ def calibration_error(confidences: Tensor, correct: Tensor) -> float:
         confidences: (N,) float64, the probability of the predicted class.
         correct: (N,) bool.
     """
-    edges = torch.arange(1, NUM_BINS, dtype=torch.float64) / NUM_BINS
     gaps = torch.bincount(
-        torch.bucketize(confidences, edges),
-        weights=correct.double() - confidences,
-        minlength=NUM_BINS,
+        _bins(confidences), weights=correct.double() - confidences, minlength=NUM_BINS
     )
     return gaps.abs().sum().item() / len(confidences)
+
+
+def calibration_bins(confidences: Tensor, correct: Tensor) -> list[dict[str, Any]]:
+    """What `calibration_error` sums up, of each of its 15 bins that isn't empty.
+
+    Returns:
+        `n`, `num_correct` and the mean `confidence` of each, the least sure first.
+
+    Args:
+        confidences: (N,) float64, the probability of the predicted class.
+        correct: (N,) bool.
+    """
+    bins = _bins(confidences)
+    counts = torch.bincount(bins, minlength=NUM_BINS).tolist()
+    hits = torch.bincount(bins, weights=correct.double(), minlength=NUM_BINS).tolist()
+    sums = torch.bincount(bins, weights=confidences, minlength=NUM_BINS).tolist()
+    return [
+        {"n": n, "num_correct": round(num_correct), "confidence": total / n}
+        for n, num_correct, total in zip(counts, hits, sums, strict=True)
+        if n
+    ]
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """The exact two-sided p of two classifiers that answered the same samples.
+
+    Where only one of them is right, each is so with chance 1/2 if both are equally good. So the
+    smaller count k of n is binomial, and p = 2 * sum_{i <= k} C(n, i) / 2^n, at most 1.
+    Source: McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions",
+    1947, with the binomial distribution itself instead of its normal approximation.
+
+    Args:
+        only_a: samples that the first got right and the second wrong.
+        only_b: the other way round.
+    """
+    n, ways, total = only_a + only_b, 1, 0  # whole numbers: no rounding until the last line
+    for i in range(min(only_a, only_b) + 1):
+        total += ways
+        ways = ways * (n - i) // (i + 1)
+    return min(1.0, 2 * total / (1 << n))
+
+
+def _bins(confidences: Tensor) -> Tensor:
+    edges = torch.arange(1, NUM_BINS, dtype=torch.float64) / NUM_BINS
+    return torch.bucketize(confidences, edges)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

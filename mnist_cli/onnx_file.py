@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mnist_cli import checkpoint as checkpoints
-from mnist_cli.config import TrainConfig
+from mnist_cli.config import TrainConfig, UntypedPluginError
 from mnist_cli.dataset import DatasetSpec, Split
 from mnist_cli.errors import CheckpointError
 from mnist_cli.scoring import BATCH_SIZE
@@ -33,6 +33,7 @@ def load(path: Path) -> Exported:
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign, or keeps its weights elsewhere.
+        UsageError: it was made with a plugin whose name was not typed.
     """
     import onnx
 
@@ -43,6 +44,8 @@ def load(path: Path) -> Exported:
         config, spec = checkpoints.parse_provenance(texts["mnist_cli"])
         _check_graph(proto)
         answer = answer_of(data)
+    except UntypedPluginError:
+        raise
     except Exception as error:  # protobuf and onnxruntime have no error class in common
         raise CheckpointError(
             f"{path} is not an ONNX file that mnist-cli exported: {error}",

@@ -6,6 +6,11 @@ in the order of their memory: all three must be laid out alike, or it mixes them
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,20 +19,25 @@ from mnist_cli.config import (
     AdagradConfig,
     AdamConfig,
     OptimConfig,
+    PluginOptimConfig,
     RmspropConfig,
     SgdConfig,
 )
+from mnist_cli.errors import UsageError
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Make the optimizer of all parameters of `model`, which must be on their device already.
 
     Sources: the papers named in conf/optim; the formulas as in torch's documentation.
+
+    Raises:
+        UsageError: a plugin's optimizer keeps what a checkpoint can't hold.
     """
     params = list(model.parameters())
     match config:
         case SgdConfig():
-            return torch.optim.SGD(
+            return _unguarded(torch.optim.SGD)(
                 params,
                 lr=config.lr,
                 momentum=config.momentum,
@@ -37,7 +47,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
             )
         case AdamConfig():
             kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-            return kind(
+            return _unguarded(kind)(
                 params,
                 lr=config.lr,
                 betas=config.betas,
@@ -46,7 +56,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
                 fused=True,
             )
         case AdagradConfig():
-            return torch.optim.Adagrad(
+            return _unguarded(torch.optim.Adagrad)(
                 params,
                 lr=config.lr,
                 lr_decay=config.lr_decay,
@@ -58,7 +68,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         # torch has no fused form of the other two. Left to itself it takes foreach on CUDA and a
         # plain loop on the CPU, where foreach was measured to gain nothing.
         case RmspropConfig():
-            return torch.optim.RMSprop(
+            return _unguarded(torch.optim.RMSprop)(
                 params,
                 lr=config.lr,
                 alpha=config.alpha,
@@ -67,13 +77,35 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
                 weight_decay=config.weight_decay,
             )
         case AdadeltaConfig():
-            return torch.optim.Adadelta(
+            return _unguarded(torch.optim.Adadelta)(
                 params,
                 lr=config.lr,
                 rho=config.rho,
                 eps=config.eps,
                 weight_decay=config.weight_decay,
             )
+        case PluginOptimConfig():
+            for name, shape in _state_after_a_step(config).items():
+                if shape != (() if name == "step" else _TRIAL_SHAPE):
+                    raise UsageError(
+                        f"optim={config.name} keeps '{name}' in another shape than its parameter's",
+                        "take another optimizer: a checkpoint can't hold this one's state",
+                    )
+            return config.build(params)
+
+
+@functools.cache
+def _unguarded(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """`kind` without its guards against torch.compile, which never sees our optimizers.
+
+    The guards import all of the compiler, more than a second at the start of a run, and take up
+    to half of a small step. `inspect.unwrap` gives the methods as torch's source has them.
+    """
+    names = ("add_param_group", "load_state_dict", "state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    step = torch.no_grad()(inspect.unwrap(kind.step))
+    step.hooked = True  # or torch wraps it once more, for its profiler
+    return type(kind.__name__, (kind,), {"step": step, **methods})
 
 
 # --- state ---------------------------------------------------------------------------------------
@@ -94,8 +126,23 @@ def state_names(config: OptimConfig) -> tuple[str, ...]:
 
     Fused optimizers walk through memory: state of another name or shape must never reach them.
     """
+    if isinstance(config, PluginOptimConfig):
+        return tuple(_state_after_a_step(config))
     momentum = getattr(config, "momentum", 0)
     return _STATE[config.name] + (("momentum_buffer",) if momentum else ())
+
+
+_TRIAL_SHAPE = (2, 3)
+
+
+def _state_after_a_step(config: PluginOptimConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a plugin's optimizer keeps of a parameter of `_TRIAL_SHAPE`."""
+    weight = nn.Parameter(torch.zeros(_TRIAL_SHAPE))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = config.build([weight])
+    optimizer.step()
+    state = optimizer.state[weight].items()
+    return {name: tuple(torch.as_tensor(kept).shape) for name, kept in state if kept is not None}
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import optim, schedule
 from mnist_cli.checkpoint import Checkpoint
-from mnist_cli.config import FREE_KEYS, TrainConfig, config_hash, flatten, to_plain, train_config
+from mnist_cli.config import FREE_KEYS, TrainConfig, flatten, to_plain, train_config
 from mnist_cli.console import Console
 from mnist_cli.errors import CheckpointError, UsageError
 from mnist_cli.run import RunFolder
@@ -52,7 +52,19 @@ def folder_of(config: TrainConfig) -> Path | None:
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:
-    return [path for path in (RunFolder(folder).last, RunFolder(folder).best) if path.exists()]
+    """The checkpoints of a run, `last` first. Raises CheckpointError: nobody may look."""
+    found = []
+    for path in (RunFolder(folder).last, RunFolder(folder).best):
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise CheckpointError(
+                f"can't open {folder}: {error.strerror}", "make it readable, or name another folder"
+            ) from error
+        found.append(path)
+    return found
 
 
 def load(
@@ -83,13 +95,8 @@ def load(
         if reasons:
             console.warn(f"going on from {path}, at step {found.progress.step}")
         return merge(found.config, given, typed, folder.path), found
-    raise CheckpointError("; ".join(reasons), "no checkpoint of the run is whole: start it anew")
-
-
-def is_complete(result: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether there is nothing left to do for `config` in a run with this result.json."""
-    return bool(
-        result.get("status") == "completed" and result.get("config_hash") == config_hash(config)
+    raise CheckpointError(
+        "; ".join(reasons), "no checkpoint of the run can be used: mend that, or start it anew"
     )
 
 

@@ -1,6 +1,7 @@
 """The folder of a run: its name, its lock, and the files in it that are not checkpoints.
 
-config.yaml  overrides.txt  metrics.csv  result.json  train.log     (and best/last.safetensors)
+config.yaml  overrides.txt  metrics.csv  errors.csv  predictions.csv  result.json  train.log
+(and best/last.safetensors, and report.html)
 """
 
 from __future__ import annotations
@@ -10,21 +11,24 @@ import csv
 import datetime
 import io
 import json
+import math
 import os
 import re
 import secrets
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mnist_cli import durable
-from mnist_cli.config import TrainConfig, to_plain
+from mnist_cli.config import TrainConfig, config_hash, to_plain
 from mnist_cli.console import Console
 from mnist_cli.errors import UsageError
 
 SCHEMA = 1
+MAX_METRICS_BYTES = 16 * 2**20  # more than a hundred thousand epochs
+LARGEST_METRIC = 1e100  # float32 ends long before
 _WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z][a-z0-9_]*")
 
 
@@ -49,6 +53,25 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.csv"
+
+    @property
+    def errors(self) -> Path:
+        return self.path / "errors.csv"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.csv"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def has_report(self) -> bool:
+        """Whether there is a page about the result as it stands."""
+        try:
+            return self.report.stat().st_mtime_ns >= self.result.stat().st_mtime_ns
+        except OSError:
+            return False
 
     def write_config(self, config: TrainConfig) -> None:
         """config.yaml (the whole resolved configuration) and overrides.txt (the command)."""
@@ -87,6 +110,23 @@ class RunFolder:
                     file.truncate(size)  # a part of a row would spoil the next one
                 raise
 
+    def read_metrics(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv, oldest first; what is no number is left out of its row.
+
+        The file may come from anybody: no more than its first 16 MiB are read.
+        """
+        try:
+            with open(self.metrics, "rb") as file:
+                text = file.read(MAX_METRICS_BYTES).decode(errors="replace")
+            rows = list(csv.DictReader(io.StringIO(text)))
+        except (OSError, csv.Error):
+            return []
+        numbers = [
+            {key: _number(value) for key, value in row.items() if isinstance(key, str)}
+            for row in rows
+        ]
+        return [{key: x for key, x in row.items() if x is not None} for row in numbers]
+
     def keep_metrics_until(self, epoch: int) -> None:
         """Drop the rows after `epoch`, and a row cut off by a crash: they will be written again."""
         if not self.metrics.is_file():
@@ -113,14 +153,34 @@ class RunFolder:
                 file.close()
 
 
+def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file, durably and all at once."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    durable.write(path, text.getvalue().encode())
+
+
+def _number(text: object) -> float | None:
+    try:
+        number = float(text) if isinstance(text, str) else math.nan
+    except ValueError:
+        return None
+    return number if abs(number) <= LARGEST_METRIC else None  # NaN is not
+
+
 def _is_until(epoch: int, row: str) -> bool:
     first = row.partition(",")[0]
     return first.isdecimal() and int(first) <= epoch
 
 
 @contextlib.contextmanager
-def create(out: str | None, parent: str) -> Iterator[RunFolder]:
+def create(out: str | None, parent: str, is_resumed: bool = False) -> Iterator[RunFolder]:
     """A new folder, held for this process: `out`, or an own one under `parent`.
+
+    Args:
+        is_resumed: `out` may hold the records of a run that failed before its first checkpoint.
 
     Raises:
         UsageError: `out` holds a run already.
@@ -128,13 +188,13 @@ def create(out: str | None, parent: str) -> Iterator[RunFolder]:
         ResourceError: the folder can't be made.
     """
     folder = Path(os.path.expanduser(out)) if out is not None else unique_folder(Path(parent))
-    if folder.is_file():
-        raise UsageError(f"out={folder} is a file", "name a folder: out=DIR")
     with durable.writing(folder):
+        if folder.is_file():
+            raise UsageError(f"out={folder} is a file", "name a folder: out=DIR")
         folder.mkdir(parents=True, exist_ok=True)
     with durable.locked(folder):
         durable.remove_stale_temporaries(folder)
-        if holds_run(folder):
+        if holds_run(folder) and not (is_resumed and _never_began(folder)):
             raise UsageError(
                 f"out={folder} holds a run already",
                 "type resume=auto to continue it, or name another folder",
@@ -154,10 +214,23 @@ def reopen(folder: Path) -> Iterator[RunFolder]:
         yield RunFolder(folder)
 
 
+def is_complete(result: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether there is nothing left to do for `config` in a run with this result.json."""
+    return bool(
+        result.get("status") == "completed" and result.get("config_hash") == config_hash(config)
+    )
+
+
 def holds_run(folder: Path) -> bool:
     return any(
         (folder / name).exists() for name in ("config.yaml", "last.safetensors", "result.json")
     )
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether there is nothing to lose in the folder of a run that failed."""
+    result = RunFolder(folder).read_result() or {}
+    return result.get("status") == "failed" and not RunFolder(folder).metrics.exists()
 
 
 def unique_folder(parent: Path) -> Path:

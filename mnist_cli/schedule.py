@@ -12,6 +12,7 @@ from mnist_cli.config import (
     ConstantConfig,
     CosineConfig,
     OnecycleConfig,
+    PluginScheduleConfig,
     ScheduleConfig,
     StepConfig,
 )
@@ -45,6 +46,8 @@ def lr_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, total_ste
             return warmup * _cosine(1.0, config.final_lr_fraction, steps_after / num_steps)
         case OnecycleConfig():
             return warmup * _onecycle(config, steps_after, num_steps)
+        case PluginScheduleConfig():
+            return warmup * config.factor(step, steps_per_epoch, total_steps)
 
 
 def may_extend(config: ScheduleConfig) -> bool:

@@ -18,6 +18,7 @@ from mnist_cli.dataset import DatasetSpec, Normalise, Split
 from mnist_cli.loss import Loss
 
 BATCH_SIZE = 500
+ANSWER_COLUMNS = ("index", "truth", "answer", "probability")
 
 
 def answers(model: nn.Module, spec: DatasetSpec, split: Split) -> Tensor:
@@ -36,6 +37,21 @@ def answers_of_all(models: Sequence[nn.Module], spec: DatasetSpec, split: Split)
             for model, outputs in zip(models, batches, strict=True):
                 outputs.append(model.eval()(inputs))
     return [torch.cat(outputs) for outputs in batches]
+
+
+def named_answers(
+    outputs: Tensor, split: Split, spec: DatasetSpec
+) -> list[tuple[int, str, str, float]]:
+    """What (N, K) float32 outputs answer to each sample of `split`: a row of ANSWER_COLUMNS.
+
+    Truth and answer are classes by name; the probability is that of the answer, in 0..1.
+    """
+    classes, probabilities = metrics.surest(outputs)
+    columns = (split.targets.tolist(), classes.tolist(), probabilities.tolist())
+    return [
+        (index, spec.classes[truth], spec.classes[answer], probability)
+        for index, (truth, answer, probability) in enumerate(zip(*columns, strict=True))
+    ]
 
 
 def summary(outputs: Tensor, split: Split, spec: DatasetSpec, loss: Loss) -> dict[str, float]:

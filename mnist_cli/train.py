@@ -21,22 +21,33 @@ from mnist_cli import __version__, dataset, optim, resume, runtime, scoring
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
-from mnist_cli.config import LinearModelConfig, TrainConfig, config_hash
+from mnist_cli.config import LinearModelConfig, TrainConfig, config_hash, plugin_words
 from mnist_cli.console import Console
 from mnist_cli.dataset import Normalise
 from mnist_cli.errors import (
     DataError,
     DivergedError,
     Interrupted,
+    PrunedError,
     ResourceError,
     UsageError,
     is_out_of_memory,
     one_line,
 )
-from mnist_cli.loop import Job, diverged, fit, save, stop_if_asked, timed
+from mnist_cli.loop import (
+    Job,
+    ShouldStop,
+    diverged,
+    fit,
+    never,
+    save,
+    stop_if_asked,
+    timed,
+)
 from mnist_cli.loss import build_loss
 from mnist_cli.model import build_model, num_params
 from mnist_cli.run import RunFolder
+from mnist_cli.signals import SignalWatch
 
 RUNS = "outputs/train"
 
@@ -46,6 +57,9 @@ def run(
     console: Console,
     typed: Collection[str] = (),
     started_s: float | None = None,
+    *,
+    signals: SignalWatch | None = None,
+    should_stop: ShouldStop = never,
 ) -> dict[str, Any]:
     """Train, select on the validation split, test once; leave everything in the run folder.
 
@@ -53,6 +67,8 @@ def run(
         typed: the keys that the user named; of a run that is resumed, the others come out of its
             checkpoint.
         started_s: `time.monotonic()` of the start, for the times in the result.
+        signals: the watch of a process that runs job after job; None for one of the run's own.
+        should_stop: see `loop.fit`.
 
     Returns:
         result.json of the contract.
@@ -63,18 +79,19 @@ def run(
         LockedError: another process is at the run folder.
         DivergedError: a loss or gradient was not finite; the checkpoints before it stand.
         ResourceError: no disk, memory or GPU memory is left; the last checkpoint stands.
+        PrunedError: `should_stop` said so, after a checkpoint was written.
         Interrupted: by a signal, after a checkpoint was written.
     """
     started_s = time.monotonic() if started_s is None else started_s
     old_folder = resume.folder_of(config)
     if old_folder is None:
         job = prepare(config, None, started_s)
-        with runs.create(config.out, RUNS) as folder, folder.log(console):
-            return _finish(job, folder, console, started_s)
+        with runs.create(config.out, RUNS, config.resume == "auto") as folder, folder.log(console):
+            return _finish(job, folder, console, started_s, signals, should_stop)
     with runs.reopen(old_folder) as folder:
         config, before = resume.load(folder, config, typed, console)
         result = folder.read_result()
-        if result and resume.is_complete(result, config):
+        if result and runs.is_complete(result, config):
             console.say(f"{old_folder} is already complete at step {before.progress.step}")
             return result
         job = prepare(config, before, started_s)
@@ -95,13 +112,14 @@ def run(
                 console.warn(difference)
             console.say(f"resuming at step {before.progress.step}")
             folder.keep_metrics_until(before.progress.step // job.steps_per_epoch)
-            return _finish(job, folder, console, started_s)
+            return _finish(job, folder, console, started_s, signals, should_stop)
 
 
 def prepare(config: TrainConfig, before: Checkpoint | None, started_s: float) -> Job:
     """Device, data, model, loss and optimizer; as they stood at the checkpoint `before`, if any."""
     times = {"startup_s": time.monotonic() - started_s}
     device = runtime.resolve_device(config.device, config.precision)
+    runtime.keep_freed_memory()
     with timed(times, "data_s"):
         data = dataset.load(config.dataset, config.seed)
         data = dataclasses.replace(
@@ -135,21 +153,32 @@ def prepare(config: TrainConfig, before: Checkpoint | None, started_s: float) ->
 # --- around the loop -----------------------------------------------------------------------------
 
 
-def _finish(job: Job, folder: RunFolder, console: Console, started_s: float) -> dict[str, Any]:
+def _finish(
+    job: Job,
+    folder: RunFolder,
+    console: Console,
+    started_s: float,
+    given: SignalWatch | None,
+    should_stop: ShouldStop,
+) -> dict[str, Any]:
     """Fit, test, record; and record as well what went wrong."""
-    with runtime.SignalWatch() as signals:
+    with contextlib.nullcontext(given) if given else SignalWatch() as signals:
         try:
             save(job, folder.last)
             folder.write_result(_result(job, folder, "interrupted", started_s))
             folder.write_config(job.config)
             banner(job, folder, console)
-            reason = fit(job, folder, console, signals)
+            reason = fit(job, folder, console, signals, should_stop)
             model = checkpoints.load(folder.best).build_model(job.device)
-            measured: dict[str, dict[str, Any] | None] = {}
-            for name, split in (("val", job.data.val), ("test", job.data.test)):
-                with timed(job.times, "eval_s"):
-                    measured[name] = _measure(job, model, split) if len(split) else None
-                stop_if_asked(signals, job, folder)
+            measured: dict[str, dict[str, Any] | None] = {"val": None}
+            with timed(job.times, "eval_s"):
+                if len(job.data.val):
+                    measured["val"], _ = _measure(job, model, job.data.val)
+            stop_if_asked(signals, job, folder)
+            with timed(job.times, "eval_s"):
+                measured["test"], outputs = _measure(job, model, job.data.test)
+            stop_if_asked(signals, job, folder)
+            _write_answers(job, folder, outputs)
             result = _result(job, folder, "completed", started_s) | measured
             result["model"] |= _learned_line(job, model)
             folder.write_result(result)
@@ -159,7 +188,7 @@ def _finish(job: Job, folder: RunFolder, console: Console, started_s: float) -> 
             if failure is error:
                 raise
             raise failure from error
-    _show(result, reason, folder, console)
+    _show(result, reason, job.config, folder, console)
     return result
 
 
@@ -182,7 +211,7 @@ def _record_failure(
     status = "failed"
     if isinstance(error, DivergedError):
         status = "diverged"
-    elif isinstance(error, Interrupted | KeyboardInterrupt):
+    elif isinstance(error, Interrupted | KeyboardInterrupt | PrunedError):
         status = "interrupted"
     message = getattr(error, "message", None) or f"{type(error).__name__}: {one_line(str(error))}"
     console.record(f"error: {message}")
@@ -190,13 +219,33 @@ def _record_failure(
         folder.write_result(_result(job, folder, status, started_s) | {"error": message})
 
 
-def _measure(job: Job, model: nn.Module, split: dataset.Split) -> dict[str, Any]:
+def _measure(
+    job: Job, model: nn.Module, split: dataset.Split
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """All metrics of `split`, and the (N, K) float32 outputs that they are of."""
     outputs = scoring.answers(model, job.data.spec, split)
     measured = scoring.measure(outputs, split, job.data.spec, job.loss)
     if not math.isfinite(measured["loss"]):
         step = job.progress.step - 1
         raise diverged(job, "loss of the selected weights", measured["loss"], step)
-    return measured
+    return measured, outputs
+
+
+def _write_answers(job: Job, folder: RunFolder, outputs: torch.Tensor) -> None:
+    """errors.csv of a classification, and with predictions=true predictions.csv, of the test."""
+    test, spec = job.data.test, job.data.spec
+    if spec.task == "regression":
+        if job.config.predictions:
+            pairs = zip(test.targets.flatten().tolist(), outputs.flatten().tolist(), strict=True)
+            numbers = ((index, *pair) for index, pair in enumerate(pairs))
+            runs.write_table(folder.predictions, scoring.ANSWER_COLUMNS[:3], numbers)
+        return
+    rows = scoring.named_answers(outputs, test, spec)
+    wrong = (row for row in rows if row[1] != row[2])
+    runs.write_table(folder.errors, scoring.ANSWER_COLUMNS, wrong)
+    if job.config.predictions:
+        judged = ((*row, str(row[1] == row[2]).lower()) for row in rows)
+        runs.write_table(folder.predictions, (*scoring.ANSWER_COLUMNS, "correct"), judged)
 
 
 def _result(job: Job, folder: RunFolder, status: str, started_s: float) -> dict[str, Any]:
@@ -260,7 +309,13 @@ def banner(job: Job, folder: RunFolder, console: Console) -> None:
     console.detail(f"run      {folder.path}")
 
 
-def _show(result: dict[str, Any], reason: str, folder: RunFolder, console: Console) -> None:
+def _show(
+    result: dict[str, Any],
+    reason: str,
+    config: TrainConfig,
+    folder: RunFolder,
+    console: Console,
+) -> None:
     best, splits = result["best"], [name for name in ("val", "test") if result[name]]
     console.detail(f"stopped  {reason}")
     chosen = f"the best {best['monitor']}" if best["monitor"] else "the last one"
@@ -277,6 +332,6 @@ def _show(result: dict[str, Any], reason: str, folder: RunFolder, console: Conso
     if "accuracy" in result["test"]:
         low, high = result["test"]["accuracy_ci95"]
         console.detail(f"test accuracy lies between {low:.2%} and {high:.2%} (95%)")
-    checkpoint = shlex.quote(f"checkpoint={folder.path}")
+    checkpoint = shlex.join([f"checkpoint={folder.path}", *plugin_words(config.plugin)])
     console.detail(f"next     mnist-cli eval {checkpoint}")
     console.detail(f"         mnist-cli export {checkpoint} format=onnx")

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import types
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mnist_cli.errors import UsageError, shown
@@ -47,14 +48,17 @@ def _short(bound: float) -> str:
     return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
-def parse(cls: type[T], data: object) -> T:
+def parse(cls: type[T], data: object, wider: Mapping[str, Any] | None = None) -> T:
     """Make a `cls` of `data`, a tree of dicts, lists and plain values.
+
+    Args:
+        wider: types of fields of `cls` to take instead of those that it declares.
 
     Raises:
         UsageError: a key is unknown or missing, a type is wrong, a number is out of range or not
             finite; the message gives the full path of the key and the value.
     """
-    value = _value(cls, data, "")
+    value = _dataclass(cls, data, "", wider or {})
     assert isinstance(value, cls)
     return value
 
@@ -141,8 +145,8 @@ def option_names(kind: Any) -> tuple[str, ...]:
     return get_args(get_type_hints(kind)["name"])
 
 
-def _dataclass(kind: Any, data: Any, path: str) -> Any:
-    hints = get_type_hints(kind, include_extras=True)
+def _dataclass(kind: Any, data: Any, path: str, wider: Mapping[str, Any] | None = None) -> Any:
+    hints = get_type_hints(kind, include_extras=True) | dict(wider or {})
     dot = f"{path}." if path else ""
     if not isinstance(data, dict):
         raise UsageError(

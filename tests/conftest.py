@@ -114,13 +114,16 @@ def real_mnist() -> Path:
 
 @pytest.fixture(scope="session")
 def trained(mnist_cli: Program, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Gives the run folder of `train` with some words; trained once, so don't write to it."""
+    """Gives the run folder of `train` with some words; trained once, so don't write to it.
+
+    No report is drawn but for `report=true`: each takes a third of a second.
+    """
     folders: dict[tuple[str, ...], Path] = {}
 
     def folder_of(*words: str) -> Path:
         if words not in folders:
             folder = tmp_path_factory.mktemp("run") / "run"
-            outcome = mnist_cli("train", *words, f"out={folder}", "--quiet")
+            outcome = mnist_cli("train", "report=false", *words, f"out={folder}", "--quiet")
             assert outcome == (0, "", "")
             folders[words] = folder
         return folders[words]

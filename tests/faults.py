@@ -36,7 +36,10 @@ TORTURE = os.environ.get("MNIST_CLI_TORTURE") == "1"
 FIGURES: dict[str, dict[str, Any]] = {}
 
 # 1,365 training digits in batches of 69: 20 steps an epoch, 60 in all, about half a second.
-TRAIN = ("train", "model=mlp", "model.hidden=[16]", "dataset=digits", "batch_size=69", "epochs=3")
+TRAIN = (
+    *("train", "model=mlp", "model.hidden=[16]", "dataset=digits", "batch_size=69", "epochs=3"),
+    "report=false",
+)
 
 
 def many(short: int, long: int) -> int:
@@ -295,6 +298,53 @@ def program_with_memory(words: list[str], extra_bytes: int) -> int:
     return cli.main(words)
 
 
+def program_with_files(words: list[str], most: int) -> int:
+    """The program with at most `most` files open at once, as after `ulimit -n`."""
+    from mnist_cli import cli
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return cli.main(words)
+
+
+def program_as_plain_user(words: list[str], environment: dict[str, str], folder: str) -> int:
+    """The program in `folder`, for which root too is bound by the permissions of its own files."""
+    from mnist_cli import cli
+
+    os.environ.update(environment)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    _libc("capset", header, (ctypes.c_uint32 * 6)())
+    os.chdir(folder)
+    return cli.main(words)
+
+
+def program_without_temporary_folder(words: list[str], folder: str, kibibytes: int) -> int:
+    """The program, which finds `folder` at /mnt and temporary files on a disk of `kibibytes`.
+
+    With 0 there is none: every folder that Python would take for them is read-only.
+    """
+    from mnist_cli import cli
+
+    enter_namespace()
+    _mount(folder, "/mnt", None, 0x1000)  # MS_BIND
+    os.environ["TMPDIR"] = "/mnt/missing"
+    if kibibytes:
+        os.environ["TMPDIR"] = "/mnt/small"
+        os.makedirs("/mnt/small", exist_ok=True)
+        _mount("tmpfs", "/mnt/small", "tmpfs", 0, f"size={kibibytes}k")
+    for candidate in {
+        "/tmp",
+        "/var/tmp",
+        "/usr/tmp",
+        os.environ.get("TEMP"),
+        os.environ.get("TMP"),
+    }:
+        if not kibibytes and candidate and os.path.isdir(candidate):
+            _make_read_only(candidate)
+    tempfile.tempdir = None
+    os.chdir("/proc")
+    return cli.main(words)
+
+
 def program_with_threads(words: list[str], threads: int) -> int:
     import torch
 
@@ -307,6 +357,12 @@ def program_with_threads(words: list[str], threads: int) -> int:
 def program_in(folder: str, words: list[str]) -> int:
     """The program, started in `folder`."""
     os.chdir(folder)
+    return program(words)
+
+
+def program_in_group(words: list[str]) -> int:
+    """The program, with its children in a process group of its own."""
+    os.setsid()
     return program(words)
 
 
@@ -495,9 +551,13 @@ JOBS: dict[str, Callable[..., Any]] = {
     for job in (
         program,
         program_in,
+        program_in_group,
         add_row_below,
         program_with_stdout,
         program_with_memory,
+        program_with_files,
+        program_as_plain_user,
+        program_without_temporary_folder,
         program_with_threads,
         program_on_small_disk,
         program_on_read_only,

@@ -17,13 +17,12 @@ from conftest import NUM_GENERATED, ROOT, TORTURE, Outcome, Program
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from mnist_cli import compose, conf
-from mnist_cli.config import EvalConfig, ExportConfig, TrainConfig, to_plain, train_config
+from mnist_cli import compose, conf, sweep
+from mnist_cli.config import Config, PredictConfig, TrainConfig, to_plain, train_config
 from mnist_cli.run import command_of
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
 
-Config = TrainConfig | EvalConfig | ExportConfig
 GENERATED = settings(
     max_examples=NUM_GENERATED,
     deadline=None,
@@ -50,6 +49,7 @@ def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Accepted(config)
 
     monkeypatch.setattr(compose, "command", accept)
+    monkeypatch.setattr(sweep, "run", lambda jobs, *rest: accept(jobs[0].config))
 
 
 def composed(mnist_cli: Program, *words: str) -> Config:
@@ -77,7 +77,7 @@ def program(
 
 # The line; what its error names; what its hint names.
 MALFORMED = [
-    ("nonsense", "'nonsense'; commands are: train, eval, export, list", "--help"),
+    ("nonsense", "'nonsense'; commands are: train, eval, export, predict, report, list", "--help"),
     ("trian", "'trian'", "did you mean train?"),
     ("model=cnn", "'model=cnn' stands where the command should", "mnist-cli train model=cnn"),
     ("-m", "-m needs a command", "mnist-cli train -m"),
@@ -185,10 +185,22 @@ MALFORMED = [
     ("eval", "checkpoint= is required", "checkpoint=RUN"),
     ("eval checkpoint=", "checkpoint= is empty", "checkpoint=RUN"),
     ("export", "checkpoint= is required", "checkpoint=RUN"),
+    ("report", "run= is required", "run=RUN"),
+    ("report run=", "run= is empty", "run=RUN"),
+    ("report run=a,", "run= is empty", "run=RUN"),
+    ("report run=a,b,c", "run= names 3 runs", "run=A,B"),
     ("eval runs/x", "'runs/x'", "checkpoint=runs/x"),
     ("train eval checkpoint=x", "'eval'", "key=value"),
     ("train foo", "'foo'", "key=value"),
     ("train ''", "''", "key=value"),
+    ("predict", "checkpoint= is required", "checkpoint=RUN"),
+    ("predict checkpoint=x", "images= is required", "images=PATH"),
+    ("predict checkpoint=x images=", "images=", "images"),
+    ("predict checkpoint=x images=[]", "images= is empty", "images=a.png"),
+    ("predict checkpoint=x images=a.png,,b.png", "without a name", "images=a.png"),
+    ("predict checkpoint=x images=a.png preprocess=mnist", "preprocess='mnist'", "auto, none"),
+    ("predict checkpoint=x images=a.png device=gpu", "device='gpu'", "cuda:N"),
+    ("predict a.png", "'a.png'", "checkpoint=RUN images=a.png"),
     ("list optimizer", "'optimizer'", "groups are: model, optim"),
     ("list model optim", "one group", "list model"),
     ("list -m", "one group", "list model"),
@@ -271,7 +283,7 @@ def test_cuda_that_is_not_there(mnist_cli: Program, line: str, error: str) -> No
 
 # --- malformed lines by the thousand -------------------------------------------------------------
 
-KNOWN = {command: conf.known_keys(command) for command in ("train", "eval", "export")}
+KNOWN = {command: conf.known_keys(command) for command in ("train", "eval", "export", "predict")}
 FIRST_WORDS = {key.split(".")[0] for keys in KNOWN.values() for key in keys} | {"hydra"}
 
 identifiers = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,12}", fullmatch=True)
@@ -325,7 +337,7 @@ def is_unknown(key: str) -> bool:
 
 @st.composite
 def wrong_words(draw: st.DrawFn) -> str:
-    """A word that makes any `train`, `eval` or `export` line wrong."""
+    """A word that makes any line of a command that composes wrong."""
     kind = draw(st.sampled_from(["key", "delete", "package", "value", "open", "flag", "group"]))
     key = draw(unknown_keys.filter(is_unknown))
     value = draw(values)
@@ -356,7 +368,13 @@ def wrong_words(draw: st.DrawFn) -> str:
 @GENERATED
 @given(
     line=st.sampled_from(
-        ["train dataset=digits", "train", "eval checkpoint=x", "export checkpoint=x"]
+        [
+            "train dataset=digits",
+            "train",
+            "eval checkpoint=x",
+            "export checkpoint=x",
+            "predict checkpoint=x images=a,b",
+        ]
     ),
     word=wrong_words(),
     flags=st.lists(st.sampled_from(["-m", "--json", "--quiet"]), max_size=2, unique=True),
@@ -491,6 +509,43 @@ def test_a_path_needs_no_quotes_of_hydra(mnist_cli: Program, path: str) -> None:
 
 
 @pytest.mark.usefixtures("no_run")
+@pytest.mark.parametrize(
+    ("typed", "images"),
+    [
+        ("a.png", ("a.png",)),
+        ("a.png,b c.png", ("a.png", "b c.png")),
+        ("runs/lr=0.1/x.png,it's", ("runs/lr=0.1/x.png", "it's")),
+        ("scan[0-9]*.png,{a}?.png", ("scan[0-9]*.png", "{a}?.png")),
+        ("-", ("-",)),
+        ("[a.png,b.png]", ("a.png", "b.png")),
+        ("['a,b.png',c.png]", ("a,b.png", "c.png")),
+        ("'a,b.png'", ("a,b.png",)),
+    ],
+)
+def test_several_paths_need_no_quotes_of_hydra(
+    mnist_cli: Program, typed: str, images: tuple[str, ...]
+) -> None:
+    config = composed(mnist_cli, "predict", "checkpoint=x", f"images={typed}")
+    assert isinstance(config, PredictConfig)
+    assert config.images == images
+
+
+@pytest.mark.usefixtures("no_run")
+@pytest.mark.parametrize(
+    ("value", "runs"),
+    [
+        ("runs/lr=0.1", ("runs/lr=0.1",)),
+        ("a b,it's/[x]", ("a b", "it's/[x]")),
+        ("'a,b'", ("a,b",)),
+    ],
+)
+def test_commas_part_the_runs_of_a_report(
+    mnist_cli: Program, value: str, runs: tuple[str, ...]
+) -> None:
+    assert composed(mnist_cli, "report", f"run={value}").run == runs  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("no_run")
 def test_a_users_folder_adds_options(mnist_cli: Program) -> None:
     Path("mine/model").mkdir(parents=True)
     Path("mine/model/tiny.yaml").write_text("# Mine\nname: mlp\nhidden: [4]\ndropout: 0.0\n")
@@ -553,7 +608,8 @@ def test_json_of_what_only_answers(mnist_cli: Program) -> None:
         text = mnist_cli(*words).stdout
         assert one_document(mnist_cli("--json", *words)) == {"help": text.removesuffix("\n")}
     job = one_document(mnist_cli("train", "--cfg", "job", "--json", "seed=7"))
-    assert (job["seed"], job["model"], job["out"]) == (7, {"name": "cnn"}, None)
+    cnn = {"name": "cnn", "channels": [32, 64], "dense": 128}
+    assert (job["seed"], job["model"], job["out"]) == (7, cnn, None)
     for topic in ("defaults", "searchpath", "all"):
         shown = mnist_cli("train", "--info", topic).stdout
         document = one_document(mnist_cli("train", "--info", topic, "--json"))

@@ -32,8 +32,8 @@ def offered(line: str) -> list[str]:
         ("mnist-cli tr", ["train"]),
         ("mnist-cli e", ["eval", "export"]),
         ("mnist-cli --quiet ev", ["eval"]),
-        ("mnist-cli train mod", ["model="]),
-        ("mnist-cli train model=cnn mo", ["monitor="]),
+        ("mnist-cli train mod", ["model=", "model.channels=", "model.dense="]),
+        ("mnist-cli train model=cnn_deep mo", ["monitor="]),
         ("mnist-cli train model=c", ["model=cnn", "model=cnn_dropout", "model=cnn_deep"]),
         ("mnist-cli train -m optim=sgd,adam", ["optim=sgd,adam", "optim=sgd,adamw"]),
         ("mnist-cli train -m model=cnn,m", ["model=cnn,mlp"]),
@@ -54,6 +54,8 @@ def offered(line: str) -> list[str]:
         ("mnist-cli train --json --j", []),
         ("mnist-cli train --cfg ", ["job", "hydra", "all"]),
         ("mnist-cli train --cfg job loss=m", ["loss=mse"]),
+        ("mnist-cli predict pre", ["preprocess="]),
+        ("mnist-cli predict preprocess=", ["preprocess=auto", "preprocess=none"]),
         ("mnist-cli list op", ["optim"]),
         ("mnist-cli list optim ", []),
         ("mnist-cli nonsense x", []),
@@ -96,6 +98,12 @@ def test_offers_files_for_keys_that_name_one(
         'checkpoint="runs/my run/b',
     ):
         assert offered(f"mnist-cli eval {quoted}") == ["checkpoint=runs/my run/best.safetensors"]
+    for name in ("a.png", "b.JPG", "c.webp"):
+        (tmp_path / name).touch()
+    assert offered("mnist-cli predict images=") == [
+        *("images=a.png", "images=b.JPG", "images=c.webp", "images=runs/")
+    ]
+    assert offered("mnist-cli predict images=a.png,c") == ["images=a.png,c.webp"]
     assert offered("mnist-cli train out=~/r") == ["out=~/runs/"]
     assert offered("mnist-cli train resume=") == ["resume=runs/", "resume=auto"]
     assert offered("mnist-cli train --config-dir r") == ["runs/"]
@@ -144,10 +152,17 @@ def literals(schema: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
     return {prefix + key: get_args(hint) for key, hint in hints if get_origin(hint) is Literal}
 
 
+def test_pictures_are_offered_by_the_suffixes_that_predict_knows() -> None:
+    from mnist_cli import pictures
+
+    assert completion.PATHS["images"] == pictures.SUFFIXES
+
+
 def test_choices_are_those_of_the_schemas() -> None:
     counted: dict[str, tuple[str, ...]] = {}
-    for schema in (config.TrainConfig, config.EvalConfig, config.ExportConfig):
+    for schema in get_args(config.Config):
         counted |= literals(schema)
+    counted |= literals(config.SweepConfig, "sweep.")
     for group in conf.GROUPS:
         for schema in get_args(get_type_hints(config.TrainConfig)[group]):
             counted |= literals(schema, f"{group}.")
@@ -269,7 +284,7 @@ def typed(request: pytest.FixtureRequest, home: Path) -> Any:
 
 def test_bash_and_zsh_complete(typed: Typed) -> None:
     assert typed("mnist-cli tr\tmodel=ml\t") == ["train", "model=mlp"]
-    assert typed("mnist-cli train mod\tcnn_dr\t") == ["train", "model=cnn_dropout"]
+    assert typed("mnist-cli train model=cnn_dr\t") == ["train", "model=cnn_dropout"]
     assert typed("mnist-cli -m train model=cnn,ml\t") == ["-m", "train", "model=cnn,mlp"]
     assert typed("mnist-cli train optim=adadelta optim.rh\t0.5") == [
         *("train", "optim=adadelta", "optim.rho=0.5")

@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mnist_cli.metrics import calibration_error, classification, macro_auc, regression, wilson
+from mnist_cli.metrics import (
+    calibration_bins,
+    calibration_error,
+    classification,
+    macro_auc,
+    mcnemar,
+    regression,
+    surest,
+    wilson,
+)
 
 KEYS = [
     "n",
@@ -215,3 +224,23 @@ def test_regression_equals_scikit_learn(n: int, seed: int, noise: float) -> None
 def test_r2_of_equal_targets_is_undefined() -> None:
     targets = torch.full((7, 1), 0.1)
     assert regression(torch.zeros(7, 1), targets, 0.0)["r2"] is None
+
+
+@given(outputs())
+@settings(max_examples=100, deadline=None)
+def test_the_bins_sum_up_to_the_calibration_error(batch: tuple[Tensor, Tensor]) -> None:
+    answers, confidences = surest(batch[0])
+    correct = answers == batch[1]
+    bins = calibration_bins(confidences, correct)
+    assert sum(part["n"] for part in bins) == len(correct)
+    assert sum(part["num_correct"] for part in bins) == int(correct.sum())
+    assert sorted(bins, key=lambda part: part["confidence"]) == bins
+    gaps = [abs(part["num_correct"] - part["n"] * part["confidence"]) for part in bins]
+    assert sum(gaps) / len(correct) == close(calibration_error(confidences, correct))
+
+
+@given(st.integers(0, 400), st.integers(0, 400))
+def test_mcnemar_equals_scipy(only_a: int, only_b: int) -> None:
+    n = only_a + only_b
+    expected = scipy.stats.binomtest(only_a, n).pvalue if n else 1.0
+    assert mcnemar(only_a, only_b) == close(expected) == close(mcnemar(only_b, only_a))

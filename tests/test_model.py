@@ -23,7 +23,7 @@ from mnist_cli.model.dropout import Dropout
 
 LINEAR = LinearModelConfig(name="linear")
 MLP = MlpConfig(name="mlp", hidden=(512, 256), dropout=0.2)
-CNN = CnnConfig(name="cnn")
+CNN = CnnConfig(name="cnn", channels=(32, 64), dense=128)
 CNN_DROPOUT = CnnDropoutConfig(name="cnn_dropout", conv_dropout=0.25, dense_dropout=0.5)
 CNN_DEEP = CnnDeepConfig(name="cnn_deep")
 ALL = [LINEAR, MLP, CNN, CNN_DROPOUT, CNN_DEEP]

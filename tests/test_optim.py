@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -179,3 +180,20 @@ def test_every_option_builds_and_learns(name: str) -> None:
     before = bowl().item()
     descend(config, bowl, 50)
     assert bowl().item() < before
+
+
+@pytest.mark.parametrize("config", CASES, ids=str)
+def test_without_guards_it_is_the_same_optimizer(config: OptimConfig) -> None:
+    ours, theirs = Bowl(torch.float32), Bowl(torch.float32)
+    optimizer = build_optimizer(config, ours)
+    kind = type(optimizer).__mro__[1]
+    assert kind.__module__.startswith("torch.optim")
+    known = inspect.signature(kind).parameters
+    arguments = {name: value for name, value in optimizer.defaults.items() if name in known}
+    reference = kind(theirs.parameters(), **arguments)
+    for _ in range(5):
+        for bowl, one in ((ours, optimizer), (theirs, reference)):
+            one.zero_grad()
+            bowl().backward()
+            one.step()
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))

@@ -61,10 +61,12 @@ def run(command: list[str], site: Path, tmp_path: Path) -> str:
 def test_the_wheel_holds_the_program_and_its_conf_and_no_more(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mnist_cli").rglob("*.py")}
+    pages = (ROOT / "mnist_cli/report/templates").iterdir()
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
     info = f"mnist_cli-{mnist_cli.__version__}.dist-info"
     assert {name for name in names if not name.startswith(f"{info}/")} == {
         *modules,
+        *(path.relative_to(ROOT).as_posix() for path in pages),
         *(f"mnist_cli/{name}" for name in files),
         "mnist_cli/py.typed",
     }

@@ -24,6 +24,7 @@ FORBIDDEN_BUILTINS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_ANYWHERE = {
     "instantiate", "import_module", "extractall", "unpack_archive", "popen", "get_class",
     "get_method", "get_object", "from_dotlist", "register_new_resolver", "fromfile", "loadtxt",
+    "entry_points", "EntryPoint", "EntryPoints",
 }  # fmt: skip
 FORBIDDEN = {
     "os.system", "torch.load", "torch.jit.load", "torch.hub.load", "torch.package",
@@ -34,6 +35,8 @@ FORBIDDEN = {
 ALLOWED = {
     ("hydra_main.py", "omegaconf.OmegaConf.create"): "Hydra's own output of --cfg; never a file",
     ("export.py", "torch.export.load"): "the bytes that were saved a line before, to prove them",
+    ("plugin.py", "importlib.metadata.EntryPoint"): "imports the plugins that were typed",
+    ("plugin.py", "importlib.metadata.entry_points"): "imports the plugins that were typed",
 }
 
 
@@ -120,6 +123,9 @@ def test_no_data_is_run(path: Path) -> None:
         "import numpy as np\nnp.load(path, allow_pickle=True)",
         "import importlib\nimportlib.import_module(name)",
         "load = torch.load",
+        "from importlib.metadata import entry_points\nentry_points()['x'].load()",
+        "from importlib import metadata as m\nm.EntryPoint('a', 'b', 'c').load()",
+        "from importlib.metadata import distribution\ndistribution('x').entry_points",
     ],
 )
 def test_the_scan_finds_what_it_looks_for(source: str) -> None:
@@ -131,37 +137,50 @@ def test_every_exception_is_still_needed() -> None:
         assert what in forbidden_in((PACKAGE / name).read_text(), "elsewhere.py")
 
 
+def test_an_entry_point_is_loaded_in_one_place_alone() -> None:
+    """No other room may touch entry points, and here one line turns a name into a module."""
+    tree = ast.parse((PACKAGE / "plugin.py").read_text())
+    loading = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "load"]
+    (register,) = (n for n in tree.body if getattr(n, "name", "") == "_register")
+    assert len(loading) == 1 and loading[0] in ast.walk(register)
+
+
 # --- layers --------------------------------------------------------------------------------------
 
 # A room may import the rooms below it; of its own layer only what stands beside it.
 LAYERS: dict[str, dict[str, set[str]]] = {
     "door": {
-        "__main__": {"cli"}, "cli": {"conf", "line", "help", "completion", "compose"},
-        "compose": {"conf", "line", "explain", "hydra_main"}, "explain": {"conf", "line"},
-        "hydra_main": {"compose", "conf", "line", "explain"}, "conf": set(),
-        "line": {"conf"}, "help": {"conf", "line"},
-        "completion": {"conf", "line"},
+        "__main__": {"cli"}, "cli": {"line", "help", "completion", "compose"},
+        "compose": {"line", "explain", "hydra_main"}, "explain": {"line"},
+        "hydra_main": {"compose", "line", "explain"}, "line": set(), "help": {"line"},
+        "completion": {"line"},
     },
     "commands": {
-        "train": {"loop"}, "loop": set(), "evaluate": {"onnx_file"}, "export": {"onnx_file"},
-        "onnx_file": set(), "predict": {"onnx_file"}, "report": set(), "sweep": set(),
+        "train": {"loop"}, "loop": set(), "evaluate": {"trained"}, "export": {"onnx_file"},
+        "onnx_file": set(), "trained": {"onnx_file"}, "predict": {"trained"},
+        "report": set(), "sweep": {"train", "stacked"},
         "stacked": {"loop"},
     },
-    "records": {"checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}},
+    "records": {
+        "checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}, "plugin": set(),
+    },
     "parts": {
         "dataset": set(), "model": set(), "loss": set(), "optim": set(), "schedule": set(),
-        "metrics": set(), "scoring": {"dataset", "metrics", "loss"},
+        "metrics": set(), "pictures": {"dataset"}, "scoring": {"dataset", "metrics", "loss"},
     },
     "ground": {
-        "__init__": set(), "config": {"errors", "typed"}, "errors": set(), "console": {"errors"},
-        "runtime": {"errors"}, "strict_json": set(), "typed": {"errors"}, "durable": {"errors"},
+        "__init__": set(), "conf": set(), "config": {"errors", "typed"}, "errors": set(),
+        "console": {"errors"}, "runtime": {"errors"}, "signals": {"errors"}, "strict_json": set(),
+        "typed": {"errors"}, "durable": {"errors"},
     },
 }  # fmt: skip
 ORDER = list(LAYERS)
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 HYDRA = ("compose", "explain", "hydra_main")
 TORCH_FREE = (
-    *HYDRA, "cli", "conf", "line", "help", "completion", "config", "typed", "errors", "console",
+    *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "typed", "errors",
+    "console", "signals", "sweep/__init__", "sweep/job", "sweep/pool", "sweep/board",
+    "sweep/leaderboard", "sweep/search",
 )  # fmt: skip
 
 

@@ -39,10 +39,12 @@ from mnist_cli.loss import build_loss
 from mnist_cli.model.linear import Linear
 from mnist_cli.model.mlp import Mlp
 from mnist_cli.optim import build_optimizer, state_tensors
-from mnist_cli.stacked import Group, Member, groups, rounds
+from mnist_cli.signals import SignalWatch
+from mnist_cli.stacked import Member, rounds
 from mnist_cli.stacked.loss import build_losses
 from mnist_cli.stacked.network import Network
 from mnist_cli.stacked.optimizer import Optimizer
+from mnist_cli.sweep.group import Group, groups
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
 
@@ -208,7 +210,9 @@ def test_dropout_is_the_mask_that_each_draws_alone(seeds: tuple[int, ...]) -> No
 def config_of(*words: str) -> TrainConfig:
     with compose.initialized(parse_line(["train"])):
         composed = hydra.compose("train", list(words))
-    return train_config(OmegaConf.to_container(composed, resolve=True))
+    data = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(data, dict)
+    return train_config({key: value for key, value in data.items() if key != "sweep"})
 
 
 VARIED = (
@@ -260,10 +264,10 @@ def job_of(*words: str) -> Job:
     return train.prepare(config_of(*words), None, time.monotonic())
 
 
-def finish(jobs: Sequence[Job], signals: runtime.SignalWatch | None = None) -> list[Member]:
+def finish(jobs: Sequence[Job], signals: SignalWatch | None = None) -> list[Member]:
     """Train to the end; every member of every round, in order."""
     seen = []
-    for members in rounds(jobs, signals or runtime.SignalWatch()):
+    for members in rounds(jobs, signals or SignalWatch()):
         for member in members:
             if member.row:
                 loop.select(member.job, member.row["epoch"], member.row)
@@ -372,14 +376,14 @@ def test_each_stops_on_its_own(trained: Run) -> None:
 def test_the_caller_takes_a_member_out() -> None:
     jobs = [job_of(*LINEAR, f"seed={seed}") for seed in range(2)]
     steps = []
-    for members in rounds(jobs, runtime.SignalWatch()):
+    for members in rounds(jobs, SignalWatch()):
         steps.append([member.job.progress.step for member in members])
         members[0].is_over = members[0].job is jobs[0]
     per_epoch = jobs[0].steps_per_epoch
     assert steps == [[per_epoch] * 2, *([per_epoch * epoch] for epoch in range(2, 6))]
 
 
-class AfterSteps(runtime.SignalWatch):
+class AfterSteps(SignalWatch):
     """A signal that comes while step `count` is taken, counted from 1."""
 
     def __init__(self, count: int) -> None:

@@ -12,6 +12,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TORTURE, Program
+from conftest import ROOT, TORTURE, Program
 from data_files import write_mnist_like
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,11 +93,13 @@ def assert_types(found: dict[str, Any], expected: dict[str, Any], path: str = ""
             assert type(found[key]) in kind, (f"{path}{key}", found[key])
 
 
-def assert_is_complete_run(run: Path, *, has_val: bool = True) -> None:
+def assert_is_complete_run(run: Path, *, has_val: bool = True, has_report: bool = False) -> None:
     """Everything that the contract says of a run folder."""
-    assert {path.name for path in run.iterdir()} - {".lock"} == FILES
     config, result = config_of(run), result_of(run)
     is_regression = config.task == "regression"
+    more = {"report.html": has_report, "errors.csv": not is_regression}
+    files = FILES | {name for name, is_there in more.items() if is_there}
+    assert {path.name for path in run.iterdir()} - {".lock"} == files
     block = REGRESSION if is_regression else CLASSIFICATION
     line = {"weight": (list,), "bias": (list,)}
     is_line = is_regression and config.model.name == "linear"
@@ -192,7 +196,7 @@ def test_every_recipe_trains_an_epoch(mnist_cli: Program, recipe: str) -> None:
     data = () if is_line else ("dataset=digits",)
     outcome = mnist_cli("train", f"+experiment={recipe}", *data, "epochs=1", "out=run", "--quiet")
     assert outcome == (0, "", "")
-    assert_is_complete_run(Path("run"), has_val=not is_line)
+    assert_is_complete_run(Path("run"), has_val=not is_line, has_report=True)
 
 
 @pytest.mark.parametrize("name", conf.options("dataset"))
@@ -209,7 +213,7 @@ def test_every_dataset_trains_an_epoch(
     base = LINE if name == "linear" else DIGITS
     outcome = mnist_cli("train", *base, f"dataset={name}", *words, "out=run", "--quiet")
     assert outcome == (0, "", "")
-    assert_is_complete_run(Path("run"), has_val=name != "linear")
+    assert_is_complete_run(Path("run"), has_val=name != "linear", has_report=True)
     assert result_of(Path("run"))["dataset"]["name"] == name
 
 
@@ -411,6 +415,19 @@ def test_a_run_that_diverges(mnist_cli: Program) -> None:
         assert all(bool(t.isfinite().all()) for t in checkpoint.load(path).model.values())
     assert (run / "last.safetensors").exists()
     assert outcome.error in (run / "train.log").read_text()
+
+
+def test_a_run_imports_nothing_that_it_does_not_need(trained: Trained, tmp_path: Path) -> None:
+    trained("dataset=digits", "model=mlp", "epochs=1")  # leaves the decoded digits in the cache
+    heavy = {"torch._dynamo", "torchvision", "sklearn", "PIL", "onnx", "onnxruntime", "matplotlib"}
+    program = (
+        "import sys; from mnist_cli.cli import main; code = main(sys.argv[1:]);"
+        f"print(code, sorted({heavy} & set(sys.modules)))"
+    )
+    words = ["train", "dataset=digits", "model=mlp", "epochs=1", f"out={tmp_path / 'run'}"]
+    command = [sys.executable, "-c", program, *words, "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "0 []\n"
 
 
 def test_a_folder_with_a_run_is_left_alone(mnist_cli: Program, trained: Trained) -> None:

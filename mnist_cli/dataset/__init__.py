@@ -25,10 +25,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mnist_cli.config import DatasetConfig, DigitsConfig, LinearDatasetConfig
+from mnist_cli.config import (
+    DatasetConfig,
+    DigitsConfig,
+    LinearDatasetConfig,
+    PluginDatasetConfig,
+)
 from mnist_cli.dataset import digits, image_files, linear, split
-from mnist_cli.dataset.decode import Decoded, content_digest
+from mnist_cli.dataset.decode import Decoded, content_digest, described
 from mnist_cli.dataset.sources import source_of
+from mnist_cli.errors import DataError
 
 __all__ = ["Dataset", "DatasetSpec", "Normalise", "Split", "load"]
 
@@ -106,6 +112,10 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
         return _regression(config, seed)
     if isinstance(config, DigitsConfig):
         return _classification(config, digits.load(), digits.CLASSES, seed)
+    if isinstance(config, PluginDatasetConfig):
+        sets, classes = config.load(), config.classes()
+        _check_sets(config.name, sets, len(classes))
+        return _classification(config, described(*sets), classes, seed)
     source = source_of(config)
     decoded = image_files.load(source, config.root, config.mirror)
     return _classification(config, decoded, source.classes, seed)
@@ -154,6 +164,25 @@ def _classification(
         return Dataset(spec, official, Split(official.inputs[:0], official.targets[:0]), test)
     train, val = split.stratified(decoded.train_labels.numpy(), config.val_fraction, seed)
     return Dataset(spec, _rows(official, train), _rows(official, val), test)
+
+
+def _check_sets(name: str, sets: tuple[Tensor, Tensor, Tensor, Tensor], num_classes: int) -> None:
+    """Refuse what a plugin's dataset may not be. Raises DataError."""
+    for part, images, labels in (("training", *sets[:2]), ("test", *sets[2:])):
+        fits = (
+            (images.dtype, labels.dtype) == (torch.uint8, torch.uint8)
+            and images.ndim == 4
+            and labels.shape == images.shape[:1]
+            and len(torch.bincount(labels)) == num_classes
+            and bool(torch.bincount(labels).all())
+        )
+        if not fits:
+            raise DataError(
+                f"dataset={name} gives a {part} set of {tuple(images.shape)} {images.dtype} images,"
+                f" {tuple(labels.shape)} {labels.dtype} labels",
+                "its plugin must give (N, C, H, W) uint8 images and (N,) uint8 labels of all"
+                f" {num_classes} classes",
+            )
 
 
 def _regression(config: LinearDatasetConfig, seed: int) -> Dataset:

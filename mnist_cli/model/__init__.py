@@ -15,6 +15,7 @@ from mnist_cli.config import (
     LinearModelConfig,
     MlpConfig,
     ModelConfig,
+    PluginModelConfig,
 )
 from mnist_cli.model.cnn import Cnn, CnnDeep, CnnDropout
 from mnist_cli.model.linear import Linear
@@ -39,11 +40,13 @@ def build_model(config: ModelConfig, input_shape: tuple[int, ...], num_outputs: 
         case MlpConfig():
             return Mlp(config.hidden, config.dropout, input_shape, num_outputs)
         case CnnConfig():
-            return Cnn(input_shape, num_outputs)
+            return Cnn(config.channels, config.dense, input_shape, num_outputs)
         case CnnDropoutConfig():
             return CnnDropout(config.conv_dropout, config.dense_dropout, input_shape, num_outputs)
         case CnnDeepConfig():
             return CnnDeep(input_shape, num_outputs)
+        case PluginModelConfig():
+            return config.build(input_shape, num_outputs)
 
 
 def num_params(model: nn.Module) -> int:

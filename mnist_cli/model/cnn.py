@@ -18,15 +18,21 @@ from mnist_cli.model.dropout import Dropout
 
 
 class Cnn(nn.Module):
-    """Two padded 3x3 convolutions (32, 64), each with ReLU and max-pool, then 128 hidden units."""
+    """Two padded 3x3 convolutions, each with ReLU and max-pool, then one hidden layer."""
 
-    def __init__(self, input_shape: tuple[int, ...], num_outputs: int) -> None:
+    def __init__(
+        self,
+        channels: tuple[int, int],
+        dense: int,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+    ) -> None:
         super().__init__()
-        channels, height, width = _image_shape("cnn", input_shape, smallest=4)
-        self.conv1 = nn.Conv2d(channels, 32, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1)
-        self.hidden = nn.Linear(64 * (height // 4) * (width // 4), 128)
-        self.output = nn.Linear(128, num_outputs)
+        colours, height, width = _image_shape("cnn", input_shape, smallest=4)
+        self.conv1 = nn.Conv2d(colours, channels[0], kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(*channels, kernel_size=3, padding=1)
+        self.hidden = nn.Linear(channels[1] * (height // 4) * (width // 4), dense)
+        self.output = nn.Linear(dense, num_outputs)
         _he_uniform(self)
 
     def forward(self, images: Tensor) -> Tensor:

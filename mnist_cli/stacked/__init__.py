@@ -1,6 +1,5 @@
 """Many runs trained as one: what a step costs besides its arithmetic is paid once for all.
 
-    group      which runs can be trained together
     stack      one step of all of them
     network    their forward pass
     loss       their losses
@@ -26,10 +25,10 @@ from torch import Tensor
 from mnist_cli import loop, runtime, scoring
 from mnist_cli.errors import DivergedError
 from mnist_cli.loop import Job
-from mnist_cli.stacked.group import Group, groups
+from mnist_cli.signals import SignalWatch
 from mnist_cli.stacked.stack import Stack
 
-__all__ = ["Group", "Member", "groups", "rounds"]
+__all__ = ["Member", "rounds"]
 
 
 @dataclass(eq=False)
@@ -59,7 +58,7 @@ class Member:
         return bool(self.is_over or self.error or is_complete or loop.is_out_of_patience(job))
 
 
-def rounds(jobs: Sequence[Job], signals: runtime.SignalWatch) -> Iterator[list[Member]]:
+def rounds(jobs: Sequence[Job], signals: SignalWatch) -> Iterator[list[Member]]:
     """Train jobs of one group together, all from the same step on.
 
     Yields:
@@ -80,7 +79,7 @@ def rounds(jobs: Sequence[Job], signals: runtime.SignalWatch) -> Iterator[list[M
             return
 
 
-def _train_epoch(members: Sequence[Member], signals: runtime.SignalWatch) -> None:
+def _train_epoch(members: Sequence[Member], signals: SignalWatch) -> None:
     """Train to the end of the epoch, or until a signal comes."""
     first = members[0].job
     num_rows, batch_size = len(first.data.train), first.config.batch_size

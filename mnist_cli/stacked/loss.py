@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_cli.config import LossConfig, MseConfig
+from mnist_cli.config import LossConfig, MseConfig, SmoothedLossConfig
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,7 +32,7 @@ def build_losses(
         return lambda outputs, targets: (outputs - targets.mT).square().mean((1, 2))
     if isinstance(first, MseConfig):
         return lambda logits, labels: (logits - _onehot(labels, logits)).square().mean((1, 2))
-    rates = [config.label_smoothing for config in configs if not isinstance(config, MseConfig)]
+    rates = [c.label_smoothing for c in configs if isinstance(c, SmoothedLossConfig)]
     smoothing = torch.tensor(rates, device=device).view(-1, 1, 1)
     is_smooth = any(rates)
 

@@ -10,4 +10,6 @@ import pytest
 
 os.environ["MNIST_CLI_TORTURE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
-pytest.register_assert_rewrite("test_checkpoint", "test_durable", "test_resume", "test_signals")
+pytest.register_assert_rewrite(
+    "test_checkpoint", "test_durable", "test_resume", "test_signals", "test_sweep"
+)

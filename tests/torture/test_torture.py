@@ -35,5 +35,11 @@ from test_signals import (
     test_a_signal_inside_any_system_call_of_a_save,
     test_a_signal_saves_the_step_and_the_run_goes_on_with_the_same_bits,
 )
+from test_sweep import (
+    test_a_search_killed_at_any_instant_goes_on,
+    test_a_sweep_killed_at_any_instant_loses_nothing,
+    test_any_file_can_lie_in_the_folder,
+    twelve,
+)
 
 pytest_plugins = ["faults"]

@@ -1,0 +1,264 @@
+"""Sweeps: many runs from one line, in one folder, with a leaderboard.
+
+    job          its folder, how it is run, how its failure is recorded
+    pool         one job after the other here, or several at once in worker processes
+    worker       such a process
+    search       Optuna in place of a list of jobs
+    board        what a person sees meanwhile
+    leaderboard  what came of it, made of what lies in the folder
+
+A failed job never stops the rest. Randomness is counted and every job builds all that it uses, so a
+job of a sweep gives the same numbers as the same run alone with as many threads.
+"""
+
+from __future__ import annotations
+
+import shlex
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mnist_cli import durable
+from mnist_cli.config import SweepConfig, TrainConfig
+from mnist_cli.console import Console
+from mnist_cli.errors import MnistCliError, SweepError
+from mnist_cli.sweep import leaderboard, pool
+from mnist_cli.sweep import search as searching
+from mnist_cli.sweep.board import Board
+from mnist_cli.sweep.job import (
+    Document,
+    Job,
+    difference,
+    failure,
+    folder_of,
+    has_failed,
+    placed,
+    result_of,
+    run_job,
+)
+from mnist_cli.sweep.search import Search, Space
+
+__all__ = [
+    "Job",
+    "each",
+    "finish",
+    "finish_each",
+    "folder_of",
+    "has_failed",
+    "outcome_of",
+    "placed",
+    "run",
+    "run_job",
+    "run_search",
+]
+
+
+def run(
+    jobs: Sequence[Job],
+    settings: SweepConfig,
+    console: Console,
+    draw: Callable[[Job, Document, Console], None],
+) -> int:
+    """Run every job of a sweep of `train`, whatever happens to the others.
+
+    Args:
+        draw: called for each job in the end, to draw its report where that is wanted.
+
+    Returns:
+        The exit code: 0, 1 where jobs failed, 130 or 143 where a signal ended it.
+
+    Raises:
+        UsageError: the folder doesn't fit; nothing was written.
+    """
+    folder = folder_of(jobs, settings)
+    assert folder is not None
+    labels: dict[str, tuple[Job, str]] = {}
+    for job in jobs:
+        label = difference(job, jobs)
+        there = placed(job, folder, label)
+        labels.setdefault(_out(there), (there, label))
+    with console.live_table() as live:
+        board = Board(console, live, len(labels))
+        grid = Grid([job for job, _ in labels.values()], settings, board)
+        for number, (job, label) in enumerate(labels.values(), 1):
+            board.add(job, label or "as it stands", number)
+        stopped_by = pool.run(grid, settings.jobs)
+    documents = [grid.documents[out] for out in labels if out in grid.documents]
+    if stopped_by is None:
+        for out, (job, _) in labels.items():
+            if out in grid.documents:
+                draw(job, grid.documents[out], console)
+    return finish(console, folder, documents, len(labels), stopped_by)
+
+
+def run_search(
+    space: Space,
+    first: Job,
+    make_job: Callable[[Sequence[str]], Job],
+    settings: SweepConfig,
+    console: Console,
+    draw: Callable[[Job, Document, Console], None],
+) -> int:
+    """Let Optuna choose the jobs, out of `space`; see `search.py`.
+
+    Args:
+        first: a job like those that will be made.
+        make_job: composes and checks the job of the overrides that were chosen.
+        draw: as in `run`.
+
+    Returns:
+        The exit code, as `run` does.
+
+    Raises:
+        UsageError: nothing was written.
+        LockedError: another search is at it in the same folder.
+    """
+    assert isinstance(first.config, TrainConfig)
+    objectives = searching.check(settings, first.config)
+    if settings.sampler == "grid":
+        searching.check_grid(space)
+    folder = folder_of([first], settings)
+    assert folder is not None
+    with durable.locked(folder):
+        plan = Search(folder, space, make_job, settings, objectives, first.config)
+        with console.live_table() as live:
+            plan.board = Board(console, live, settings.trials, plan.num_done)
+            stopped_by = pool.run(plan, settings.jobs)
+        if stopped_by is None:
+            for document in plan.documents:
+                draw(first, document, console)
+        left = max(settings.trials - plan.num_done, 0)
+        return finish(console, folder, plan.documents, left, stopped_by, plan.summary())
+
+
+class Grid:
+    """The plan of a sweep whose jobs are known: one after the other, what is done left out."""
+
+    asks = False
+
+    def __init__(self, jobs: Sequence[Job], settings: SweepConfig, board: Board) -> None:
+        self._left, self._settings, self._board = list(reversed(jobs)), settings, board
+        configs = [job.config for job in jobs if isinstance(job.config, TrainConfig)]
+        self.names_gpu = any(config.device.startswith("cuda:") for config in configs)
+        self.documents: dict[str, Document] = {}
+
+    def next_job(self) -> Job | None:
+        while self._left:
+            job = self._left.pop()
+            done = result_of(job)
+            if done is None:
+                self._board.started(job)
+                return job
+            self.documents[_out(job)] = done
+            self._board.skipped(job, done)
+        return None
+
+    def should_stop(self, job: Job, epoch: int, value: float | None) -> bool:
+        self._board.epoch(job, epoch, value)
+        return False
+
+    def ended(self, job: Job, document: Document) -> None:
+        self.documents[_out(job)] = document
+        self._board.ended(job, document)
+        if self._settings.fail_fast and has_failed(document):
+            self._left.clear()
+
+    def tick(self) -> None:
+        self._board.draw()
+
+
+def _out(job: Job) -> str:
+    assert isinstance(job.config, TrainConfig)
+    return str(job.config.out)
+
+
+def finish(
+    console: Console,
+    folder: Path,
+    documents: Sequence[Document] | None,
+    num_jobs: int | None = None,
+    stopped_by: int | None = None,
+    of_search: dict[str, Any] | None = None,
+) -> int:
+    """Write and show the leaderboard of all that lies in `folder`, and return the exit code.
+
+    Args:
+        documents: of the jobs of this command; None where they ran elsewhere: all in the folder.
+        num_jobs: how many were asked for, None for as many as there are documents.
+        stopped_by: the number of the signal that ended the sweep early.
+        of_search: what a search adds to leaderboard.json.
+    """
+    if documents is None:
+        documents = leaderboard.results_in(folder)
+    failed = [document for document in documents if has_failed(document)]
+    failures = {Path(d["run_dir"] or "").name: d["error"] for d in failed if "exit_code" in d}
+    board = leaderboard.build(folder, failures) | (of_search or {})
+    leaderboard.write(folder, board)
+    leaderboard.show(board, console)
+    if of_search is not None:
+        searching.show(board, console.say)
+    console.say(f"sweep    {folder}")
+    document = {
+        "sweep_dir": str(folder),
+        "jobs": list(documents),
+        "leaderboard": board["rows"],
+        "winner": board["winner"],
+    }
+    num_jobs = len(documents) if num_jobs is None else num_jobs
+    again = f"type the command again with {shlex.quote(f'sweep.resume={folder}')}"
+    if stopped_by is not None:
+        left = num_jobs - len(documents) + len(failed)
+        message = f"interrupted with {left} of {num_jobs} jobs left; what is done is in {folder}"
+        console.error(message, f"{again} to go on", 128 + stopped_by, document)
+        return 128 + stopped_by
+    if not failed:
+        console.document(document)
+        return 0
+    return _show_failures(console, len(failed), num_jobs, f" in {folder}", again, document)
+
+
+def each(jobs: Sequence[Job], console: Console, command: Callable[[Job, Console], Any]) -> int:
+    """Run every job of a command that writes no run folder, as `eval`, and return the exit code."""
+    inner = Console(quiet=console.quiet, as_json=console.as_json, brief=True)
+    documents = []
+    for number, job in enumerate(jobs, 1):
+        console.say(f"job {number}/{len(jobs)}  {difference(job, jobs) or 'as it stands'}")
+        documents.append(outcome_of(job, partial(command, job, inner), console))
+    return finish_each(console, documents)
+
+
+def finish_each(console: Console, documents: Sequence[Document]) -> int:
+    """The end of a sweep that has no folder."""
+    document: dict[str, Any] = {"sweep_dir": None, "jobs": list(documents)}
+    failed = [document for document in documents if "exit_code" in document]
+    if not failed:
+        console.document(document)
+        return 0
+    again = "run the first of them alone to see more"
+    return _show_failures(console, len(failed), len(documents), "", again, document)
+
+
+def outcome_of(job: Job, call: Callable[[], Any], console: Console) -> Document:
+    """The document of a job, or one of its failure: a failed job never stops the rest.
+
+    A list, as `predict` gives it, comes under the key `answers`.
+    """
+    try:
+        document = call()
+        return {"answers": document} if isinstance(document, list) else document
+    except Exception as error:
+        document = failure(error, job)
+        console.say(f"failed: {document['error']}")
+        if not isinstance(error, MnistCliError):
+            traceback.print_exc()
+        return document
+
+
+def _show_failures(
+    console: Console, num_failed: int, num_jobs: int, where: str, hint: str, document: Document
+) -> int:
+    error = SweepError(f"{num_failed} of {num_jobs} jobs failed{where}", hint)
+    console.error(error.message, error.hint, error.exit_code, document)
+    return error.exit_code

@@ -1,0 +1,218 @@
+"""A job of a sweep: its place in the folder of the sweep, and how it is run and recorded.
+
+The folder of a job ends in the hash of its configuration. So the same job is found again when a
+sweep goes on, whatever else the sweep tries by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mnist_cli import __version__, durable
+from mnist_cli import run as runs
+from mnist_cli.config import Config, SweepConfig, TrainConfig, config_hash
+from mnist_cli.console import Console
+from mnist_cli.errors import Interrupted, MnistCliError, PrunedError, UsageError, one_line
+from mnist_cli.run import RunFolder
+from mnist_cli.signals import SignalWatch
+from mnist_cli.sweep import leaderboard
+
+SWEEPS = "outputs/sweep"
+Document = dict[str, Any]
+
+
+class Job(NamedTuple):
+    """One job: the overrides that make it, and the configuration that came of them."""
+
+    words: tuple[str, ...]
+    config: Config
+
+    @property
+    def typed(self) -> list[str]:
+        """The keys that the user named."""
+        return [word.lstrip("+~").partition("=")[0] for word in self.words]
+
+
+def folder_of(jobs: Sequence[Job], settings: SweepConfig | None) -> Path | None:
+    """The folder of a sweep of `train`, made if need be; None for commands that write nothing.
+
+    Raises:
+        UsageError: two folders are named, or one that doesn't fit; nothing was written.
+    """
+    if settings is None or not isinstance(jobs[0].config, TrainConfig):
+        return None
+    if jobs[0].config.resume is not None:
+        raise UsageError(
+            "resume= names one run, -m asks for many", "type sweep.resume=DIR to go on with a sweep"
+        )
+    names = {job.config.out for job in jobs}
+    if len(names) > 1:
+        raise UsageError("out= names one folder for the whole sweep", "type out=DIR once")
+    out = names.pop()
+    if settings.resume is not None:
+        if out is not None:
+            raise UsageError(
+                f"sweep.resume={settings.resume} and out={out} name two folders",
+                "leave out= away: a sweep goes on in its own folder",
+            )
+        folder = Path(os.path.expanduser(settings.resume))
+        if not folder.is_dir():
+            raise UsageError(
+                f"sweep.resume={folder} is not a folder",
+                "name the folder of a sweep: sweep.resume=outputs/sweep/SWEEP",
+            )
+        return folder
+    if out is None:
+        return runs.unique_folder(Path(SWEEPS))
+    folder = Path(os.path.expanduser(out))
+    if folder.is_file():
+        raise UsageError(f"out={folder} is a file", "name a folder: out=DIR")
+    if runs.holds_run(folder) or any(runs.holds_run(job) for job in folder.glob("*-*/")):
+        raise UsageError(
+            f"out={folder} holds runs already",
+            f"type sweep.resume={folder} to go on with a sweep, or name another folder",
+        )
+    with durable.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def difference(job: Job, jobs: Sequence[Job]) -> str:
+    """The overrides that not all jobs share; of a single job, all of its overrides."""
+    shared = (
+        set(jobs[0].words).intersection(*(other.words for other in jobs))
+        if len(jobs) > 1
+        else set()
+    )
+    return " ".join(word for word in job.words if word not in shared)
+
+
+def placed(job: Job, folder: Path, label: str) -> Job:
+    """`job` with a run folder of its own: its `label`, as far as it goes, and a hash of everything.
+
+    A folder of the same hash is continued, as `resume=auto` does.
+    """
+    assert isinstance(job.config, TrainConfig)
+    slug = re.sub(r"[^A-Za-z0-9.=_+-]+", "_", label.replace(" ", ","))[:60]
+    ending = f"-{config_hash(job.config)[:8]}"
+    path = folder / f"{slug.strip('_.') or 'job'}{ending}"
+    if not path.exists():  # the words may be others than they were; the hash knows no device
+        found = (p for p in sorted(folder.glob(f"*{ending}")) if _device_of(p) == job.config.device)
+        path = next(found, path)
+    resume = "auto" if path.exists() else None
+    return Job(job.words, dataclasses.replace(job.config, out=str(path), resume=resume))
+
+
+def _device_of(folder: Path) -> str | None:
+    """`device` of the run in `folder`."""
+    return leaderboard.command_in(folder).get("device")
+
+
+def result_of(job: Job, with_pruned: bool = False) -> Document | None:
+    """result.json of a job that is done, or that was given up; None of one that is to be run."""
+    assert isinstance(job.config, TrainConfig) and job.config.out is not None
+    result = RunFolder(Path(job.config.out)).read_result()
+    if result is None or result["config_hash"] != config_hash(job.config):
+        return None
+    done = ("completed", "pruned") if with_pruned else ("completed",)
+    return result if leaderboard.state_of(result) in done else None
+
+
+def run_job(
+    job: Job,
+    console: Console,
+    signals: SignalWatch | None = None,
+    should_stop: Callable[[int, float | None], bool] | None = None,
+) -> Document:
+    """Train, whatever happens: result.json, or the document of a failure. torch is imported here.
+
+    Raises:
+        Interrupted: by a signal, after a checkpoint was written.
+    """
+    from mnist_cli import train
+
+    config, started_s = job.config, time.monotonic()
+    assert isinstance(config, TrainConfig)
+    watch = {} if should_stop is None else {"should_stop": should_stop}
+    try:
+        return train.run(config, console, job.typed, started_s, signals=signals, **watch)
+    except PrunedError as error:
+        return RunFolder(Path(config.out or "")).read_result() or failure(error, job)
+    except MnistCliError as error:
+        if error.exit_code != 7:  # else the folder is somebody else's
+            record(config, error.message)
+        return failure(error, job)
+    except Exception as error:
+        document = failure(error, job)
+        record(config, document["error"], traceback.format_exc())
+        return document
+
+
+def failure(error: BaseException, job: Job | None) -> Document:
+    """The document of a job that failed, or that a signal stopped; None for one without a place."""
+    where = {"run_dir": None if job is None else job.config.out}
+    if isinstance(error, MnistCliError | Interrupted):
+        document = getattr(error, "document", None)
+        answers = {} if document is None else {"answers": document}
+        return where | answers | {
+            "error": error.message, "hint": error.hint, "exit_code": error.exit_code,
+        }  # fmt: skip
+    message = f"{type(error).__name__}: {one_line(str(error))}"
+    return where | {"error": message, "hint": "this is a fault of mnist-cli", "exit_code": 1}
+
+
+def has_failed(document: Document) -> bool:
+    """Whether a job counts as failed; one that a search gave up does not."""
+    return "exit_code" in document or (
+        "status" in document and leaderboard.state_of(document) not in ("completed", "pruned")
+    )
+
+
+def record(config: TrainConfig, message: str, details: str = "") -> None:
+    """Leave a failure in the folder of the job, where the run itself could not.
+
+    Args:
+        details: a traceback, for train.log.
+    """
+    path = Path(config.out or "")
+    with contextlib.suppress(MnistCliError, OSError):
+        path.mkdir(parents=True, exist_ok=True)
+        with runs.reopen(path) as folder:
+            if details:
+                with open(path / "train.log", "a", encoding="utf-8") as log:
+                    log.write(details)
+            before = folder.read_result()
+            if before is None:
+                folder.write_config(config)
+            if before is None or before.get("error") != message:
+                folder.write_result((before or _nothing(config)) | {
+                    "status": "failed", "error": message,
+                })  # fmt: skip
+
+
+def _nothing(config: TrainConfig) -> Document:
+    """result.json of a run that never began."""
+    return {
+        "schema": runs.SCHEMA,
+        "command": "train",
+        "config_hash": config_hash(config),
+        "seed": config.seed,
+        "device": config.device,
+        "run_dir": config.out,
+        "versions": {"mnist_cli": __version__, "torch": None, "python": None},
+        "dataset": {"name": config.dataset.name},
+        "model": {"name": config.model.name},
+        "best": None,
+        "val": None,
+        "test": None,
+        "time": None,
+        "samples_per_s": None,
+    }

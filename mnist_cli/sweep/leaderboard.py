@@ -1,0 +1,370 @@
+"""The leaderboard of a sweep, made of what lies in its folder: leaderboard.csv, .json and .md.
+
+Each run folder in it gives its result.json and the command in overrides.txt, so it makes no
+difference who ran the jobs, when, and where. One row is one configuration: its seeds are folded
+into mean, sample standard deviation and number.
+
+Rows are ranked by the mean of the best validation value. The test metric stands beside it and ranks
+nothing: who picks by the test set has none left.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnist_cli import durable
+from mnist_cli.config import FREE_KEYS
+from mnist_cli.console import Console
+from mnist_cli.errors import one_line
+from mnist_cli.run import RunFolder
+
+SCHEMA = 1
+NAME = "leaderboard"
+MAX_BYTES = 16 * 2**20  # of a file in a run folder
+MAX_SHOWN = 10  # failed jobs below the table
+LOCATION_KEYS = {"seed", *FREE_KEYS} - {"device"}  # no two configurations differ by these alone
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run folder.
+
+    Attributes:
+        config: the keys of its command, as typed; empty where the run never came that far.
+        state: completed, pruned, interrupted, diverged or failed.
+        value: of `monitor`, at the best epoch.
+        test: (accuracy or mse, value), of a completed run.
+    """
+
+    name: str
+    config: dict[str, str]
+    state: str
+    error: str | None
+    seed: int | None
+    monitor: str | None
+    value: float | None
+    test: tuple[str, float] | None
+    train_s: float | None
+
+
+def read(folder: Path) -> list[Entry]:
+    """The run folders in `folder`, by name; what can't be read is passed over."""
+    found = (_entry(path.parent) for path in sorted(folder.glob("*/result.json")))
+    return [entry for entry in found if entry is not None]
+
+
+def results_in(folder: Path) -> list[dict[str, Any]]:
+    """result.json of every run folder in `folder`, by name."""
+    found = (RunFolder(path.parent).read_result() for path in sorted(folder.glob("*/result.json")))
+    return [result for result in found if result is not None]
+
+
+def command_in(folder: Path) -> dict[str, str]:
+    """{key: value as typed} of overrides.txt in a run folder; empty where there is none."""
+    try:
+        words = shlex.split(_text(folder / "overrides.txt"))
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, equals, value in (w.partition("=") for w in words) if equals}
+
+
+def build(folder: Path, failures: dict[str, str] | None = None) -> dict[str, Any]:
+    """What leaderboard.json holds.
+
+    Args:
+        failures: why jobs failed, by the name of their folder, where the folder doesn't say so:
+            another process is at it.
+    """
+    entries = read(folder)
+    columns = _columns(entry.config for entry in entries)
+    rows: dict[tuple[tuple[str, str], ...], list[Entry]] = {}
+    for entry in entries:
+        key = tuple((k, v) for k, v in entry.config.items() if k not in LOCATION_KEYS)
+        rows.setdefault(key or (("job", entry.name),), []).append(entry)
+    listed = [_row(row, columns, folder, failures or {}) for row in rows.values()]
+    metrics = {row["metric"] for row in listed if row["mean"] is not None}
+    metric = metrics.pop() if len(metrics) == 1 else None
+    ranked = [row for row in listed if row["mean"] is not None and metric is not None]
+    sign = -1 if metric is not None and is_higher_better(metric) else 1
+    ranked.sort(key=lambda row: sign * row["mean"])
+    for rank, row in enumerate(ranked, 1):
+        row["rank"] = rank
+    rest = [row for row in listed if row not in ranked]
+    rest.sort(key=lambda row: row["state"] != "completed")
+    return {
+        "schema": SCHEMA,
+        "ranked_by": _what_ranks(metric, listed, metrics),
+        "columns": columns,
+        "rows": [*ranked, *rest],
+        "winner": ranked[0] if ranked else None,
+    }
+
+
+def is_higher_better(metric: str) -> bool:
+    return metric == "val_accuracy"
+
+
+def write(folder: Path, board: dict[str, Any]) -> None:
+    """The three files. Raises ResourceError where the disk takes none."""
+    text = json.dumps(board, indent=2, allow_nan=False) + "\n"
+    durable.write(folder / f"{NAME}.json", text.encode())
+    durable.write(folder / f"{NAME}.csv", _csv(board).encode())
+    durable.write(folder / f"{NAME}.md", _markdown(board).encode())
+
+
+def show(board: dict[str, Any], console: Console) -> None:
+    """The table, what failed, and the winner with the command that repeats it."""
+    headers, rows = _cells(board)
+    console.table(headers, rows, num_texts=1 + len(board["columns"]))
+    failed = [job for row in board["rows"] for job in row["failed"]]
+    for job in failed[:MAX_SHOWN]:
+        console.say(f"{job['state']:<8} {job['job']}: {job['error'] or 'cut off'}")
+    if len(failed) > MAX_SHOWN:
+        console.say(f"and {len(failed) - MAX_SHOWN} more, in {NAME}.md")
+    console.say(f"ranked   {board['ranked_by']}")
+    if board["winner"] is not None:
+        console.say(f"winner   {_sentence(board['winner'])}")
+        console.say(f"repeat   {board['winner']['command']}")
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _text(path: Path) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(MAX_BYTES)
+
+
+def _entry(folder: Path) -> Entry | None:
+    try:
+        result = json.loads(_text(folder / "result.json"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(result, dict):
+        return None
+    best, test, times = (_dict(result.get(key)) for key in ("best", "test", "time"))
+    metric = "mse" if "mse" in test else "accuracy"
+    score, seed = _number(test.get(metric)), result.get("seed")
+    return Entry(
+        name=folder.name,
+        config=command_in(folder),
+        state=state_of(result),
+        error=one_line(str(result["error"])) if result.get("error") is not None else None,
+        seed=seed if type(seed) is int else None,
+        monitor=one_line(str(best["monitor"]), 40) if best.get("monitor") else None,
+        value=_number(best.get("value")),
+        test=None if score is None else (metric, score),
+        train_s=_number(times.get("train_s")),
+    )
+
+
+def state_of(result: dict[str, Any]) -> str:
+    """The status of result.json; `pruned` for a run that a search gave up."""
+    status, error = result.get("status"), str(result.get("error"))
+    if status == "interrupted" and error.startswith("pruned at epoch "):
+        return "pruned"
+    return status if status in ("completed", "interrupted", "diverged") else "failed"
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def _columns(configs: Iterable[dict[str, str]]) -> list[str]:
+    """The keys that tell the configurations apart.
+
+    A key of an option counts only if it differs where the same option is chosen: `model.hidden`
+    says nothing that `model` doesn't, as long as every mlp has the same.
+    """
+    seen: dict[str, dict[str | None, set[str]]] = {}
+    for config in configs:
+        for key, value in config.items():
+            chosen = config.get(key.rpartition(".")[0])
+            seen.setdefault(key, {}).setdefault(chosen, set()).add(value)
+    differing = {key for key, values in seen.items() if max(map(len, values.values())) > 1}
+    return [key for key in seen if key in differing - LOCATION_KEYS]
+
+
+def _row(
+    entries: Sequence[Entry], columns: Sequence[str], folder: Path, failures: dict[str, str]
+) -> dict[str, Any]:
+    done = {e.seed: e for e in entries if e.state == "completed" and e.name not in failures}
+    first = next(iter(done.values()), entries[0])
+    failed = [
+        e for e in entries if e.seed not in done and (e.state != "pruned" or e.name in failures)
+    ]
+    monitors = {e.monitor for e in done.values()}
+    values = [e.value for e in done.values() if e.value is not None]
+    tests = [e.test for e in done.values() if e.test is not None]
+    times = [e.train_s for e in done.values() if e.train_s is not None]
+    is_whole = len(monitors) == 1 and len(values) == len(done)
+    mean, std = _mean_std(values if is_whole else [])
+    test_mean, test_std = _mean_std([value for _, value in tests])
+    return {
+        "rank": None,
+        "config": {key: _plain(first.config.get(key)) for key in columns},
+        "state": "completed" if done else first.state,
+        "n": len(done),
+        "seeds": sorted(seed for seed in done if seed is not None),
+        "metric": first.monitor if is_whole else None,
+        "mean": mean,
+        "std": std,
+        "best_so_far": first.value if not done else None,
+        "test_metric": tests[0][0] if tests else None,
+        "test_mean": test_mean,
+        "test_std": test_std,
+        "train_s": statistics.fmean(times) if times else None,
+        "jobs": [entry.name for entry in entries],
+        "failed": [
+            {"job": e.name, "state": e.state, "error": failures.get(e.name, e.error)}
+            for e in failed
+        ],
+        "command": _command(folder, first, sorted(seed for seed in done if seed is not None)),
+    }
+
+
+def _mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation (n - 1); None where there are too few values."""
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
+
+
+def _command(folder: Path, entry: Entry, seeds: Sequence[int]) -> str | None:
+    """What repeats the row: the command of the one run, or a sweep over its seeds."""
+    if not entry.config:
+        return None
+    words = shlex.split(_text(folder / entry.name / "overrides.txt"))
+    if len(seeds) > 1:
+        listed = ",".join(map(str, seeds))
+        words = [f"seed={listed}" if word.startswith("seed=") else word for word in words]
+        words.insert(2, "-m")
+    return one_line(shlex.join(words), 4000)
+
+
+def _plain(text: str | None) -> Any:
+    """The value of an override: a number, a list, a truth value or null where it is one."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return one_line(text[1:-1] if text[:1] == text[-1:] == "'" else text)
+
+
+def _what_ranks(metric: str | None, rows: Sequence[dict[str, Any]], rest: set[str]) -> str:
+    if metric is not None:
+        return f"by mean {metric}, {'highest' if is_higher_better(metric) else 'lowest'} first"
+    if rest:
+        return f"by nothing: {', '.join(sorted({metric or '', *rest} - {''}))} don't compare"
+    if any(row["n"] for row in rows):
+        return "by nothing: without a validation split there is nothing to select by"
+    return "by nothing: no job was completed"
+
+
+# --- how it looks --------------------------------------------------------------------------------
+
+
+def _cells(board: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    metric = next((row["metric"] for row in board["rows"] if row["metric"]), "value")
+    test = next((row["test_metric"] for row in board["rows"] if row["test_metric"]), "test")
+    headers = ["", *board["columns"], "n", metric, f"test {test}", "train s"]
+    rows = [
+        [
+            str(row["rank"] or "-"),
+            *(_cell(value) for value in row["config"].values()),
+            str(row["n"]) if row["n"] else row["state"],
+            _spread(row["metric"] or metric, row["mean"], row["std"], row["best_so_far"]),
+            _spread(test, row["test_mean"], row["test_std"]),
+            "-" if row["train_s"] is None else f"{row['train_s']:.1f}",
+        ]
+        for row in board["rows"]
+    ]
+    return headers, rows
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else "-" if value is None else json.dumps(value)
+
+
+def _spread(metric: str, mean: float | None, std: float | None, so_far: float | None = None) -> str:
+    if mean is None:
+        return "-" if so_far is None else f"({number(metric, so_far)})"
+    return number(metric, mean) + ("" if std is None else f" ± {number(metric, std)}")
+
+
+def number(metric: str | None, value: float) -> str:
+    """A value of `metric` as people read it."""
+    if metric == "num_params":
+        return f"{value:,.0f}"
+    return f"{value:.2%}" if metric is not None and "accuracy" in metric else f"{value:.4f}"
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    what = " ".join(f"{key}={_cell(value)}" for key, value in row["config"].items())
+    value = _spread(row["metric"], row["mean"], row["std"])
+    text = f"{what or 'as it stands'}: {row['metric']} {value}"
+    if row["test_mean"] is not None:
+        test = _spread(row["test_metric"], row["test_mean"], row["test_std"])
+        text += f", test {row['test_metric']} {test}"
+    return text + (f" ({row['n']} seeds)" if row["n"] > 1 else "")
+
+
+def _csv(board: dict[str, Any]) -> str:
+    text = io.StringIO()
+    keys = [
+        "rank", "state", "n", "metric", "mean", "std", "test_metric", "test_mean", "test_std",
+        "train_s",
+    ]  # fmt: skip
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*board["columns"], *keys, "failed", "error", "jobs"])
+    for row in board["rows"]:
+        errors = [job["error"] for job in row["failed"] if job["error"]]
+        writer.writerow(
+            [
+                *(_cell(value) for value in row["config"].values()),
+                *("" if row[key] is None else row[key] for key in keys),
+                len(row["failed"]),
+                errors[0] if errors else "",
+                " ".join(row["jobs"]),
+            ]
+        )
+    return text.getvalue()
+
+
+def _markdown(board: dict[str, Any]) -> str:
+    headers, rows = _cells(board)
+    headers[0] = "rank"
+    lines = ["# Leaderboard", "", f"Ranked {board['ranked_by']}.", ""]
+    texts = 1 + len(board["columns"])
+    lines.append(_markdown_row(headers))
+    lines.append(_markdown_row(["---" if i < texts else "---:" for i in range(len(headers))]))
+    lines += [_markdown_row(row) for row in rows]
+    failed = [job for row in board["rows"] for job in row["failed"]]
+    if failed:
+        lines += ["", "## Not completed", "", "| job | how it ended | error |", "|---|---|---|"]
+        lines += [_markdown_row([j["job"], j["state"], j["error"] or "cut off"]) for j in failed]
+    if board["winner"] is not None:
+        lines += ["", "## Winner", "", f"{_sentence(board['winner'])}. To repeat it:", ""]
+        lines += [f"    {board['winner']['command']}"]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,90 @@
+"""A worker of a sweep: a process that loads torch once and takes job after job.
+
+One JSON document a line, in both directions:
+
+    in   {"words": [...], "config": {...}, "asks": bool}   a job
+         {"stop": bool}                                    the answer to an epoch, where `asks`
+    out  {"epoch": N, "value": V}                          an epoch is over and saved
+         {"ended": {...}}                                  the job's result, or its failure
+
+When the input ends, which it also does when the sweep is killed, the job is saved and the worker
+ends. SIGTERM and SIGINT do the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import Any
+
+from mnist_cli import plugin
+from mnist_cli.config import train_config
+from mnist_cli.console import Console
+from mnist_cli.errors import Interrupted
+from mnist_cli.signals import STOP_SIGNALS, SignalWatch
+from mnist_cli.sweep.job import Job, failure, run_job
+
+
+def main() -> int:
+    with SignalWatch() as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)  # whatever prints must not get between the lines
+        lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=_read, args=(lines, signals), daemon=True).start()
+        try:
+            return _work(lines, out, signals)
+        except Interrupted as error:  # by a second signal
+            return error.exit_code
+
+
+def _read(lines: queue.SimpleQueue[bytes], signals: SignalWatch) -> None:
+    """Hand on what comes in. The end of it, an empty line, also ends the job that is running.
+
+    Python's own stdin would be locked by this thread when the process ends.
+    """
+    rest = b""
+    while chunk := os.read(0, 2**16):
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            lines.put(line)
+    signals.ask(signal.SIGTERM)
+    lines.put(b"")
+
+
+def _work(lines: queue.SimpleQueue[bytes], out: Any, signals: SignalWatch) -> int:
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    while (line := lines.get()) and not signals.received:
+        order = json.loads(line)
+        plugin.use(order["config"]["plugin"])  # they were typed for the sweep
+        job = Job(tuple(order["words"]), train_config(order["config"]))
+
+        def should_stop(epoch: int, value: float | None, asks: bool = order["asks"]) -> bool:
+            _write(out, {"epoch": epoch, "value": value})
+            answer = lines.get() if asks else b""
+            return bool(answer and json.loads(answer)["stop"])
+
+        try:
+            document = run_job(job, Console(quiet=True), signals, should_stop)
+        except Interrupted as error:
+            _write(out, {"ended": failure(error, job)})
+            return error.exit_code
+        _write(out, {"ended": document})
+    return 0
+
+
+def _write(out: Any, message: dict[str, Any]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the sweep is gone: the input ends as well
+        out.write(json.dumps(message, allow_nan=False) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
