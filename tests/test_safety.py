@@ -180,7 +180,7 @@ HYDRA = ("compose", "explain", "hydra_main")
 TORCH_FREE = (
     *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "typed", "errors",
     "console", "signals", "sweep/__init__", "sweep/job", "sweep/pool", "sweep/board",
-    "sweep/leaderboard", "sweep/search",
+    "sweep/leaderboard", "sweep/search", "sweep/group",
 )  # fmt: skip
 
 

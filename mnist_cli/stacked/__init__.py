@@ -53,9 +53,7 @@ class Member:
 
     @property
     def is_done(self) -> bool:
-        job = self.job
-        is_complete = job.progress.step >= job.config.epochs * job.steps_per_epoch
-        return bool(self.is_over or self.error or is_complete or loop.is_out_of_patience(job))
+        return self.is_over or self.error is not None or loop.is_over(self.job)
 
 
 def rounds(jobs: Sequence[Job], signals: SignalWatch) -> Iterator[list[Member]]:
