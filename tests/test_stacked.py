@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,6 +94,11 @@ CONFIGS["adadelta"] = st.builds(
 )
 
 
+def shrunk(step: int) -> float:
+    """The share of the learning rate that is left at `step`."""
+    return math.prod(1 - past / 100 for past in range(step + 1))
+
+
 def models_like(reference: Sequence[Mlp]) -> list[Mlp]:
     models = [Mlp((4,), 0.0, (3,), 2) for _ in reference]
     for model, other in zip(models, reference, strict=True):
@@ -114,14 +120,19 @@ def test_every_optimizer_steps_as_torch_does(name: str, data: st.DataObject) -> 
         whole = [tensor for layer in Network(together, 1).layers for tensor in layer]
         parts = list(zip(*(model.parameters() for model in together), strict=True))
         optimizer = Optimizer(configs, own, list(zip(whole, parts, strict=True)))
+        optimizer.plan(
+            torch.tensor(
+                [[c.lr * shrunk(step) for c in configs] for step in range(start, start + 25)],
+                dtype=torch.float64,
+            )
+        )
         for step in range(start, start + 25):
             for index, parameters in enumerate(zip(*(m.parameters() for m in alone), strict=True)):
                 whole[index].grad = torch.randn(whole[index].shape, generator=generator)
                 for parameter, grad in zip(parameters, whole[index].grad.clone(), strict=True):
                     parameter.grad = grad
-            for one in (*each, *own):
-                one.param_groups[0]["lr"] *= 1 - step / 100
             for one in each:
+                one.param_groups[0]["lr"] *= 1 - step / 100
                 one.step()
             optimizer.step()
     for before, after, model, other in zip(each, own, alone, together, strict=True):

@@ -47,7 +47,6 @@ class Member:
     row: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: DivergedError | None = None
     is_over: bool = False
-    lr: float = math.nan
     loss_sum: float = 0.0
     epoch_s: float = 0.0
 
@@ -90,8 +89,6 @@ def _train_epoch(members: Sequence[Member], signals: SignalWatch) -> None:
     running, stack = members, Stack([member.job for member in members])
     since_s = time.perf_counter()
     while running and position < num_steps:
-        for member in running:
-            member.lr = loop.set_lr(member.job, step)
         rows = slice(position * batch_size, min((position + 1) * batch_size, num_rows))
         losses = stack.compute_gradients(orders, rows, step)
         is_well = all(map(math.isfinite, losses))
@@ -101,7 +98,7 @@ def _train_epoch(members: Sequence[Member], signals: SignalWatch) -> None:
             member.loss_sum += loss * (rows.stop - rows.start)
             if not math.isfinite(loss):
                 member.error = _divergence(member.job, loss, step)
-        stack.take_step()
+        stack.take_step(step)
         step += 1
         position += 1
         if not is_well and (running := [member for member in running if member.error is None]):
@@ -152,7 +149,7 @@ def _end_epoch(members: Sequence[Member], epoch: int, step: int) -> None:
         member.row = {
             "epoch": epoch,
             "step": step,
-            "lr": member.lr,
+            "lr": loop.set_lr(job, step - 1),
             "train_loss": member.loss_sum / len(data.train),
             **scores,
             "seconds": epoch_s,

@@ -8,7 +8,7 @@ groups, which itself takes half of that of K optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,29 +36,38 @@ class Optimizer:
         parameters: Sequence[tuple[Tensor, Sequence[nn.Parameter]]],
     ) -> None:
         self._rates, self._update = _RATES[configs[0].name], _UPDATES[configs[0].name]
-        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._constants = _constants(self._groups)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._constants = _constants(groups)
         names = [optim.state_names(config) for config in configs]
         self._parameters = [
             (whole, _stacked_state(names, optimizers, whole, parts)) for whole, parts in parameters
         ]
         steps = [state["step"] for _, state in self._parameters if "step" in state]
         self._num_steps = float(steps[0][0]) if steps else 0.0
+        self._ahead: Iterator[Tensors] = iter(())
+
+    def plan(self, lrs: Tensor) -> None:
+        """Give the learning rates of the next steps, (steps, K) float64.
+
+        The numbers of many steps at once take hardly longer than those of one.
+        """
+        counts = self._num_steps + torch.arange(1, len(lrs) + 1, dtype=torch.float64)
+        rates = self._rates(self._constants | {"lr": lrs}, counts[:, None])
+        like = self._parameters[0][0]
+        columns = [rate.expand_as(lrs).to(like)[:, :, None].unbind() for rate in rates.values()]
+        self._ahead = (dict(zip(rates, row, strict=True)) for row in zip(*columns, strict=True))
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take one step, with the gradients of the stacked parameters and the groups' own `lr`."""
+        """Take the next of the planned steps, with the gradients of the stacked parameters."""
         self._num_steps += 1
-        lr = torch.tensor([group["lr"] for group in self._groups], dtype=torch.float64)
-        rates = self._rates(self._constants | {"lr": lr}, self._num_steps)
-        table = torch.stack(list(rates.values()))  # (rates, K) float64
+        rates = next(self._ahead)
         for weights, state in self._parameters:
-            shape = (*table.shape, *(1 for _ in weights.shape[1:]))
-            own = dict(zip(rates, table.to(weights).view(shape).unbind(), strict=True))
+            assert weights.grad is not None
+            flat = {name: value.flatten(1) for name, value in state.items() if name != "step"}
             if "step" in state:
                 state["step"] += 1
-            assert weights.grad is not None
-            self._update(weights, weights.grad, state, own)
+            self._update(weights.flatten(1), weights.grad.flatten(1), flat, rates)
 
 
 def _constants(groups: Sequence[dict[str, Any]]) -> Tensors:
@@ -96,12 +105,13 @@ def _stacked_state(
 
 # --- the formulas --------------------------------------------------------------------------------
 
-# Of each kind two functions: the numbers of a step out of the constants (K,) float64 and the count
-# of this step, from 1; and the step, with those numbers as (K, 1, ...) of the weights' type. It
-# overwrites the gradient, since fresh memory for a large tensor costs more than a pass over it.
+# Of each kind two functions: the numbers of some steps, (K,) or (steps, K) float64, out of the
+# constants (K,), `lr` (steps, K) and the counts of the steps from 1, (steps, 1); and one step on
+# tensors (K, n), with its numbers as (K, 1) of their type. It overwrites the gradient, since fresh
+# memory for a large tensor costs more than a pass over it.
 
 
-def _sgd_rates(c: Tensors, count: float) -> Tensors:
+def _sgd_rates(c: Tensors, count: Tensor) -> Tensors:
     rates = {"momentum": c["momentum"], "rate": -c["lr"]} | _decay(c)
     if c["nesterov"].any():  # then momentum * buffer + gradient instead of the buffer
         rates["share"] = torch.where(c["nesterov"] > 0, c["momentum"], 1.0)
@@ -119,7 +129,7 @@ def _sgd(weights: Tensor, grad: Tensor, state: Tensors, c: Tensors) -> None:
     weights.addcmul_(change, c["rate"])
 
 
-def _adam_rates(c: Tensors, count: float) -> Tensors:
+def _adam_rates(c: Tensors, count: Tensor) -> Tensors:
     return _decay(c) | {
         "first": 1 - c["beta1"],
         "second": 1 - c["beta2"],
@@ -137,7 +147,7 @@ def _adam(weights: Tensor, grad: Tensor, state: Tensors, c: Tensors) -> None:
     weights.addcmul_(torch.div(mean, root, out=root), c["rate"])
 
 
-def _adamw_rates(c: Tensors, count: float) -> Tensors:
+def _adamw_rates(c: Tensors, count: Tensor) -> Tensors:
     without_decay = c | {"weight_decay": torch.zeros_like(c["lr"])}
     return _adam_rates(without_decay, count) | {"keep": 1 - c["lr"] * c["weight_decay"]}
 
@@ -147,7 +157,7 @@ def _adamw(weights: Tensor, grad: Tensor, state: Tensors, c: Tensors) -> None:
     _adam(weights, grad, state, c)
 
 
-def _rmsprop_rates(c: Tensors, count: float) -> Tensors:
+def _rmsprop_rates(c: Tensors, count: Tensor) -> Tensors:
     numbers = {"momentum": c["momentum"], "eps": c["eps"], "rate": -c["lr"]}
     return _decay(c) | numbers | {"new": 1 - c["alpha"]}
 
@@ -162,7 +172,7 @@ def _rmsprop(weights: Tensor, grad: Tensor, state: Tensors, c: Tensors) -> None:
     weights.addcmul_(change, c["rate"])
 
 
-def _adagrad_rates(c: Tensors, count: float) -> Tensors:
+def _adagrad_rates(c: Tensors, count: Tensor) -> Tensors:
     rate = -c["lr"] / (1 + (count - 1) * c["lr_decay"])
     return _decay(c) | {"eps": c["eps"], "rate": rate}
 
@@ -173,7 +183,7 @@ def _adagrad(weights: Tensor, grad: Tensor, state: Tensors, c: Tensors) -> None:
     weights.addcmul_(grad.div_(root), c["rate"])
 
 
-def _adadelta_rates(c: Tensors, count: float) -> Tensors:
+def _adadelta_rates(c: Tensors, count: Tensor) -> Tensors:
     return _decay(c) | {"eps": c["eps"], "rate": -c["lr"], "new": 1 - c["rho"]}
 
 

@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mnist_cli import runtime
+from mnist_cli import runtime, schedule
+from mnist_cli.config import ScheduleConfig
 from mnist_cli.loop import Job
 from mnist_cli.model.linear import Linear
 from mnist_cli.model.mlp import Mlp
 from mnist_cli.stacked.loss import build_losses
 from mnist_cli.stacked.network import Network
 from mnist_cli.stacked.optimizer import Optimizer
+
+AHEAD = 500  # steps for which the optimizer's numbers are computed at once
 
 
 class Stack:
@@ -44,6 +47,7 @@ class Stack:
             [job.optimizer for job in jobs],
             list(zip(self._parameters, named, strict=True)),
         )
+        self._planned = range(0)
 
     def compute_gradients(
         self, orders: Mapping[int, Tensor], rows: slice, step: int
@@ -78,8 +82,12 @@ class Stack:
         values: list[float] = losses.tolist()
         return values
 
-    def take_step(self) -> None:
-        """Take an optimizer step with the learning rate of each job's own optimizer."""
+    def take_step(self, step: int) -> None:
+        """Take an optimizer step with the learning rate that each job has at `step`."""
+        if step not in self._planned:
+            num_left = self.jobs[0].steps_per_epoch - step % self.jobs[0].steps_per_epoch
+            self._planned = range(step, step + min(AHEAD, num_left))
+            self._optimizer.plan(_learning_rates(self.jobs, self._planned))
         self._optimizer.step()
 
     def _clip(self) -> None:
@@ -89,3 +97,16 @@ class Stack:
         shares = (self._largest_norms / (norms + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(shares.view(-1, *(1 for _ in grad.shape[1:])))
+
+
+def _learning_rates(jobs: Sequence[Job], steps: range) -> Tensor:
+    """As `loop.lr_of`: (steps, K) float64. Jobs of one schedule share the work."""
+    factors: dict[tuple[ScheduleConfig, int], Tensor] = {}
+    for job in jobs:
+        config, per_epoch = job.config, job.steps_per_epoch
+        if (config.schedule, config.epochs) not in factors:
+            total = config.epochs * per_epoch
+            own = [schedule.lr_factor(config.schedule, step, per_epoch, total) for step in steps]
+            factors[config.schedule, config.epochs] = torch.tensor(own, dtype=torch.float64)
+    each = [job.config.optim.lr * factors[job.config.schedule, job.config.epochs] for job in jobs]
+    return torch.stack(each, dim=1)
