@@ -37,6 +37,12 @@ def mlp() -> nn.Module:
     )  # fmt: skip
 
 
+def mlp_small() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10)
+    )
+
+
 def cnn() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -53,13 +59,19 @@ def cnn_dropout() -> nn.Module:
     )  # fmt: skip
 
 
-MODELS = {"linear": linear, "mlp": mlp, "cnn": cnn, "cnn_dropout": cnn_dropout}
+MODELS = {
+    "linear": linear,
+    "mlp": mlp,
+    "mlp_small": mlp_small,
+    "cnn": cnn,
+    "cnn_dropout": cnn_dropout,
+}
 
 
-def optimizer(name: str, model: nn.Module, fused: bool) -> torch.optim.Optimizer:
+def optimizer(name: str, model: nn.Module, fused: bool, lr: float = 0.001) -> torch.optim.Optimizer:
     if name == "adadelta":
         return torch.optim.Adadelta(model.parameters(), lr=1.0)
-    return torch.optim.Adam(model.parameters(), lr=0.001, fused=fused)
+    return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
 
 
 def textbook(work: argparse.Namespace) -> tuple[float, float]:
@@ -72,7 +84,7 @@ def textbook(work: argparse.Namespace) -> tuple[float, float]:
     )
     test = DataLoader(datasets.MNIST(work.data, train=False, transform=transform), batch_size=1000)
     model = MODELS[work.work]()
-    optim = optimizer(work.optim, model, fused=False)
+    optim = optimizer(work.optim, model, fused=False, lr=work.lr)
     started = time.perf_counter()
     for _ in range(work.epochs):
         model.train()
@@ -99,7 +111,7 @@ def strong(work: argparse.Namespace) -> tuple[float, float]:
 
     (images, labels), (test_images, test_labels) = tensors(True), tensors(False)
     model = MODELS[work.work]()
-    optim = optimizer(work.optim, model, fused=True)
+    optim = optimizer(work.optim, model, fused=True, lr=work.lr)
     started = time.perf_counter()
     for _ in range(work.epochs):
         model.train()
@@ -121,6 +133,7 @@ def main() -> None:
     parser.add_argument("--optim", choices=("adam", "adadelta"), default="adam")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", required=True)
     work = parser.parse_args()

@@ -26,8 +26,11 @@ FREE = {
     "loss.label_smoothing", "report", "predictions", "resume", "resume_allow", "out",
 }  # fmt: skip
 MAX_MEMBERS = 64  # each keeps two files open
-WIDEST = 128  # hidden layer for which sweep.fused=auto stacks; the products of wider ones fill a
-# CPU by themselves, and a stack of four takes as long as four runs
+
+# The widest hidden layer for which sweep.fused=auto makes a stack. On two cores four runs of one
+# layer of 256 are 1.4 times as fast so, eight of 128 2.5 times, and four of 512 and 256 1.0 times:
+# wide products use a CPU as well alone.
+WIDEST = 256
 
 
 @dataclass(frozen=True)
