@@ -38,6 +38,7 @@ check: lint test  ## what CI runs: lint and test
 
 bench: $(STAMP)  ## measure speed
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/sweeps.py
 
 torture: $(STAMP)  ## kill, corrupt and starve runs, for a long time
 	$(BIN)/python -m pytest tests/torture

@@ -35,6 +35,9 @@ class Network:
     Args:
         models: K models, all Linear or all Mlp, of one shape; dropout rates may differ.
         num_lanes: a divisor S of K; the first K / S members share the first lane, and so on.
+
+    Attributes:
+        drops: whether any of them drops values, so that `forward` needs generators.
     """
 
     def __init__(self, models: Sequence[Linear | Mlp], num_lanes: int) -> None:
@@ -47,7 +50,7 @@ class Network:
             for alike in zip(*layers, strict=True)
         ]
         rates = [model.dropout.p if isinstance(model, Mlp) else 0.0 for model in models]
-        self._drops = any(rates)
+        self.drops = any(rates)
         like = self.layers[0].bias
         shape = (num_lanes, -1, 1, 1)
         self._threshold = like.new_tensor(list(map(threshold_of, rates)), dtype=torch.int16)
@@ -69,7 +72,7 @@ class Network:
         x = inputs.mT
         for layer in hidden:
             x = F.relu(_linear(x, layer))
-            if self._drops:
+            if self.drops:
                 x = self._dropout(x, generators)
         return _linear(x, output)
 

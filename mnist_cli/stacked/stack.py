@@ -40,6 +40,7 @@ class Stack:
         losses = [job.config.loss for job in jobs]
         self._losses = build_losses(losses, first.data.spec.task, first.device)
         clips = [job.config.grad_clip or math.inf for job in jobs]
+        self._clips = any(map(math.isfinite, clips))
         self._largest_norms = torch.tensor(clips, device=first.device)
         named = zip(*(model.parameters() for model in models), strict=True)
         self._optimizer = Optimizer(
@@ -66,7 +67,8 @@ class Stack:
             # Not train.inputs[indices], which takes ten times as long for rows of bytes.
             inputs.append(train.inputs.flatten(1).index_select(0, indices))
             targets.append(train.targets.index_select(0, indices))
-            generator.manual_seed(runtime.counted_seed(seed, "step", step))
+            if self._network.drops:
+                generator.manual_seed(runtime.counted_seed(seed, "step", step))
         images = torch.cat(inputs).view(-1, *first.data.spec.input_shape)
         outputs = self._network.forward(
             first.normalise(images).view(num_lanes, len(indices), -1), self._generators
@@ -77,7 +79,7 @@ class Stack:
         for parameter in self._parameters:
             parameter.grad = None
         losses.sum().backward()
-        if self._largest_norms.isfinite().any():
+        if self._clips:
             self._clip()
         values: list[float] = losses.tolist()
         return values
