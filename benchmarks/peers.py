@@ -49,6 +49,9 @@ def torch_model(name: str) -> Any:
             nn.Linear(512, 256), relu(), nn.Dropout(DROPOUT),
             nn.Linear(256, 10),
         ],
+        "mlp_small": lambda: [
+            flat(), nn.Linear(784, 64), relu(), nn.Dropout(DROPOUT), nn.Linear(64, 10),
+        ],
         "cnn": lambda: [
             nn.Conv2d(1, 32, 3, padding=1), relu(), pool(2),
             nn.Conv2d(32, 64, 3, padding=1), relu(), pool(2),
@@ -63,12 +66,12 @@ def torch_model(name: str) -> Any:
     return nn.Sequential(*layers[name]())
 
 
-def torch_optimizer(name: str, model: Any, fused: bool) -> Any:
+def torch_optimizer(name: str, model: Any, lr: float, fused: bool) -> Any:
     import torch
 
     if name == "adadelta":
         return torch.optim.Adadelta(model.parameters(), lr=1.0)
-    return torch.optim.Adam(model.parameters(), lr=0.001, fused=fused)
+    return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
 
 
 def textbook(work: argparse.Namespace) -> Outcome:
@@ -88,7 +91,7 @@ def textbook(work: argparse.Namespace) -> Outcome:
     else:
         data = datasets.MNIST(work.data, train=True, transform=transform)
         train = DataLoader(data, batch_size=work.batch_size, shuffle=True)
-        optim = torch_optimizer(work.optim, model, fused=False)
+        optim = torch_optimizer(work.optim, model, work.lr, fused=False)
         started = time.perf_counter()
         for _ in range(work.epochs):
             model.train()
@@ -122,7 +125,7 @@ def strong(work: argparse.Namespace) -> Outcome:
 
     (images, labels), (test_images, test_labels) = tensors(True), tensors(False)
     model = torch_model(work.work)
-    optim = torch_optimizer(work.optim, model, fused=True)
+    optim = torch_optimizer(work.optim, model, work.lr, fused=True)
     started = time.perf_counter()
     for _ in range(work.epochs):
         model.train()
@@ -278,10 +281,13 @@ PEERS = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("peer", choices=PEERS)
-    parser.add_argument("--work", choices=("linear", "mlp", "cnn", "cnn_dropout"), required=True)
+    parser.add_argument(
+        "--work", choices=("linear", "mlp", "mlp_small", "cnn", "cnn_dropout"), required=True
+    )
     parser.add_argument("--optim", choices=("adam", "adadelta"), default="adam")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", required=True)
     parser.add_argument("--save", help="of the textbook: a file for the weights")

@@ -18,14 +18,12 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import gzip
 import json
 import os
 import platform
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,11 +31,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sweeps
 import torch
+from measure import HERE, Run, ratios, spread_of, timed, told, unpack
 
-HERE = Path(__file__).resolve().parent
 ROWS = HERE.parent / "outputs" / "bench"
-FILES = ("train-images", "train-labels", "t10k-images", "t10k-labels")
 INSTALLED = ("textbook", "strong", "scikit-learn")  # with .venv; the others have their own
 EXAMPLES, TEMPLATE = "pytorch/examples", "lightning-hydra-template"
 
@@ -102,33 +100,11 @@ def main() -> None:
         if options.only in "start and memory":
             for name, row in bench.processes().items():
                 keep("process", name, row)
+        for row in sweeps.rows(options.pairs, options.only, options.data, bench.data):
+            keep("sweep", row["name"], row)
     text = report()
     print(text)
     (HERE / "RESULTS.md").write_text(text)
-
-
-class Run(NamedTuple):
-    """Of one process: what it said, its wall time in seconds, its largest memory in MB."""
-
-    said: str
-    wall_s: float
-    peak_mb: float
-
-
-def timed(command: Sequence[str], *, cwd: Path | None = None, code: int = 0, **env: str) -> Run:
-    """Run a command to its end, which must be `code`."""
-    with tempfile.TemporaryFile("w+") as out:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.DEVNULL, cwd=cwd, env=os.environ | env
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        wall_s = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != code:
-            sys.exit(f"error: exit code {process.returncode} of {' '.join(command)}")
-        out.seek(0)
-        return Run(out.read(), wall_s, usage.ru_maxrss / 1024)
 
 
 class Bench:
@@ -137,12 +113,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
         self.data = folder / "data"
-        raw = self.data / "MNIST" / "raw"  # as torchvision lays it out
-        raw.mkdir(parents=True)
+        unpack(Path(options.data), self.data)
         (folder / "examples").mkdir()
-        for name in FILES:
-            path = Path(options.data) / f"{name}-idx{3 if 'images' in name else 1}-ubyte.gz"
-            (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
 
     def has(self, peer: str) -> bool:
         if peer == EXAMPLES:
@@ -158,8 +130,7 @@ class Bench:
             ours.append(self.train_ours(work, seed))
             theirs.append(self.train_peer(work, peer, seed))
             rates.append(matrix_rate())
-            told = f"{work.name} against {peer}: pair {seed + 1}/{self.options.pairs}"
-            print(told, file=sys.stderr, flush=True)
+            told(f"{work.name} against {peer}: pair {seed + 1}/{self.options.pairs}")
         loop = statistics.median(one["train_s"] for one in ours)
         floor = None
         if work.flop_per_image:
@@ -292,7 +263,7 @@ class Bench:
                 "more_s": spread_of([b.wall_s - a.wall_s for a, b in pairs]),
                 "more_mb": spread_of([b.peak_mb - a.peak_mb for a, b in pairs]),
             }
-            print(name, file=sys.stderr, flush=True)
+            told(name)
         return rows
 
 
@@ -313,15 +284,6 @@ def matrix_rate(size: int = 1024) -> float:
 # --- the report ----------------------------------------------------------------------------------
 
 
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Theirs over ours, pair by pair: median, least, largest."""
-    return spread_of([b / a for a, b in zip(ours, theirs, strict=True)])
-
-
-def spread_of(values: Sequence[float]) -> tuple[float, float, float]:
-    return statistics.median(values), min(values), max(values)
-
-
 def keep(section: str, name: str, row: dict[str, Any]) -> None:
     row |= {
         "date": str(datetime.date.today()),
@@ -340,10 +302,11 @@ def kept(section: str) -> list[dict[str, Any]]:
 
 def report() -> str:
     """All rows as Markdown."""
-    training, evaluation, processes = (kept(name) for name in ("training", "eval", "process"))
+    sections = ("training", "eval", "process", "sweep")
+    training, evaluation, processes, swept = (kept(name) for name in sections)
     order = [(work.name, peer) for work in WORKS for peer in work.peers]
     training.sort(key=lambda row: order.index((row["work"], row["peer"])))
-    rows = [*training, *evaluation, *processes]
+    rows = [*training, *evaluation, *processes, *swept]
     dates = sorted({row["date"] for row in rows})
     versions = "; ".join(sorted({row["versions"] for row in rows}))
     threads = "/".join(sorted({str(row["threads"]) for row in rows}))
@@ -396,6 +359,14 @@ def report() -> str:
             shown(row["more_s"]),
             "{:.0f} ({:.0f} to {:.0f})".format(*row["more_mb"]),
         ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Sweeps", "", "The second over the first, or seconds."]
+    lines += ["", "| sweep | whole process | in the loops |", "|---|---|---|"]
+    for row in swept:
+        if "seconds" in row:
+            cells = [row["name"], f"{shown(row['seconds'])} s", ""]
+        else:
+            cells = [row["name"], shown(row["wall"]), shown(row["loop"]) if row["loop"] else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -22,6 +22,7 @@ from mnist_cli.line import typed_plugins
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("float32", "bfloat16", "float16"),
+    "sweep.fused": ("auto", "true", "false"),
     "sweep.search": ("grid", "optuna"),
     "sweep.sampler": ("tpe", "gp", "random", "grid"),
     "sweep.pruner": ("none", "median", "halving"),

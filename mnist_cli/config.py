@@ -385,6 +385,7 @@ class SweepConfig:
     """How `train -m` goes through its jobs. No job knows of it: it trains as it would alone."""
 
     jobs: Annotated[int, Range(least=1, most=1024)]
+    fused: Literal["auto", "true", "false"]
     resume: str | None
     fail_fast: bool
     search: Literal["grid", "optuna"]
@@ -518,9 +519,16 @@ def train_config(data: object) -> TrainConfig:
 
 def sweep_config(data: object) -> SweepConfig:
     """Parse and check the keys `sweep.*` of `train`. Raises UsageError."""
+    if isinstance(data, dict) and isinstance(data.get("fused"), bool):
+        data = data | {"fused": str(data["fused"]).lower()}
     config = parse(_SweepBlock, {"sweep": data}).sweep
     if config.resume is not None and not config.resume.strip():
         raise UsageError("sweep.resume= is empty", "name the folder of a sweep: sweep.resume=DIR")
+    if config.fused == "true" and config.search == "optuna":
+        raise UsageError(
+            "sweep.fused=true doesn't go with sweep.search=optuna, which chooses job after job",
+            "leave either away",
+        )
     for name in config.objectives:
         if name not in OBJECTIVES:
             raise UsageError(

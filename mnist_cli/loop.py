@@ -88,11 +88,10 @@ def fit(
         PrunedError: `should_stop` said so.
     """
     config, train, val = job.config, job.data.train, job.data.val
-    total_steps = config.epochs * job.steps_per_epoch
     clock = SaveClock(config.save_every)
     step, loss_sum, epoch_s = job.progress.step, job.progress.loss_sum, job.progress.epoch_s
     with console.bar() as bar, _Profiler(job, folder) as profiler:
-        while step < total_steps and not is_out_of_patience(job):
+        while not is_over(job):
             epoch, position = divmod(step, job.steps_per_epoch)
             order = runtime.permutation(config.seed, epoch, len(train)).to(job.device)
             batches = order.split(config.batch_size * config.grad_accum)
@@ -128,23 +127,39 @@ def fit(
                 "seconds": epoch_s,
                 "samples_per_s": len(train) / epoch_s,
             }
-            is_best = select(job, epoch + 1, scores)
-            _record(folder, row, console)
-            console.say(epoch_line(row, config.epochs, is_best))
-            if is_best:
-                save(job, folder.best)
-            save(job, folder.last)
+            keep(job, folder, row, console)
             clock.saved()
             log(row)
             loss_sum = epoch_s = 0.0
             stop_if_asked(signals, job, folder)
             if should_stop(epoch + 1, scores[config.monitored]):
                 raise PrunedError(epoch + 1, folder.path)
-    if not len(val):
+    return end(job, folder)
+
+
+def keep(job: Job, folder: RunFolder, row: dict[str, Any], console: Console) -> None:
+    """Select, record and save an epoch, whose row of metrics.csv is `row`."""
+    is_best = select(job, row["epoch"], row)
+    _record(folder, row, console)
+    console.say(epoch_line(row, job.config.epochs, is_best))
+    if is_best:
+        save(job, folder.best)
+    save(job, folder.last)
+
+
+def end(job: Job, folder: RunFolder) -> str:
+    """Save what a run without a validation split is judged by, and say why the run is over."""
+    if not len(job.data.val):
         save(job, folder.best)
     if is_out_of_patience(job):
-        return f"no better {config.monitored} for {config.early_stop.patience} epochs"
+        return f"no better {job.config.monitored} for {job.config.early_stop.patience} epochs"
     return "the last epoch is done"
+
+
+def is_over(job: Job) -> bool:
+    """Whether there is no epoch left to train."""
+    is_complete = job.progress.step >= job.config.epochs * job.steps_per_epoch
+    return is_complete or is_out_of_patience(job)
 
 
 def is_out_of_patience(job: Job) -> bool:

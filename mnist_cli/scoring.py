@@ -6,6 +6,7 @@ weights give the same numbers to the last bit wherever they are measured on one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,20 @@ ANSWER_COLUMNS = ("index", "truth", "answer", "probability")
 
 def answers(model: nn.Module, spec: DatasetSpec, split: Split) -> Tensor:
     """The outputs of `model` for the samples of `split`, in order: (N, K) float32."""
+    [outputs] = answers_of_all([model], spec, split)
+    return outputs
+
+
+def answers_of_all(models: Sequence[nn.Module], spec: DatasetSpec, split: Split) -> list[Tensor]:
+    """As `answers`, for models that share the cost of preparing the inputs."""
     normalise = Normalise(spec).to(split.inputs.device)
-    model.eval()
+    batches: list[list[Tensor]] = [[] for _ in models]
     with torch.inference_mode():
-        batches = [model(normalise(inputs)) for inputs in split.inputs.split(BATCH_SIZE)]
-    return torch.cat(batches)
+        for raw in split.inputs.split(BATCH_SIZE):
+            inputs = normalise(raw)
+            for model, outputs in zip(models, batches, strict=True):
+                outputs.append(model.eval()(inputs))
+    return [torch.cat(outputs) for outputs in batches]
 
 
 def named_answers(

@@ -11,7 +11,8 @@ import math
 import platform
 import shlex
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +22,15 @@ from mnist_cli import __version__, dataset, logger, optim, resume, runtime, scor
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
-from mnist_cli.config import LinearModelConfig, TrainConfig, config_hash, plugin_words
+from mnist_cli.config import (
+    DatasetConfig,
+    LinearModelConfig,
+    TrainConfig,
+    config_hash,
+    plugin_words,
+)
 from mnist_cli.console import Console
-from mnist_cli.dataset import Normalise
+from mnist_cli.dataset import Dataset, Normalise
 from mnist_cli.errors import (
     DataError,
     DivergedError,
@@ -84,20 +91,76 @@ def run(
         Interrupted: by a signal, after a checkpoint was written.
     """
     started_s = time.monotonic() if started_s is None else started_s
+    with opened(config, console, typed, started_s) as found:
+        if not isinstance(found, Run):
+            return found
+        watching = contextlib.nullcontext(signals) if signals else SignalWatch()
+        with watching as watch, Loggers(console) as loggers:
+            with recorded(found):
+                begin(found)
+                loggers.start(found.job.config, found.folder)
+                reason = fit(found.job, found.folder, console, watch, loggers.log, should_stop)
+                finished = conclude(found, watch)
+            show(found, finished.result, reason)
+            loggers.finish(finished)
+    return finished.result
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run at work: what it trains, the folder that it holds, and the `time.monotonic()` of its
+    start.
+    """
+
+    job: Job
+    folder: RunFolder
+    console: Console
+    started_s: float
+
+
+LoadData = Callable[[DatasetConfig, int, torch.device], Dataset]
+
+
+def load_data(config: DatasetConfig, seed: int, device: torch.device) -> Dataset:
+    """As `dataset.load`, on `device`."""
+    data = dataset.load(config, seed)
+    return dataclasses.replace(
+        data, train=data.train.to(device), val=data.val.to(device), test=data.test.to(device)
+    )
+
+
+@contextlib.contextmanager
+def opened(
+    config: TrainConfig,
+    console: Console,
+    typed: Collection[str],
+    started_s: float,
+    load: LoadData = load_data,
+) -> Iterator[Run | dict[str, Any]]:
+    """Hold the run of `config`, a new one or as its checkpoint left it.
+
+    Yields:
+        The run; or the result of one that is complete already.
+
+    Raises:
+        MnistCliError: as `run` does before it trains.
+    """
     old_folder = resume.folder_of(config)
     if old_folder is None:
         logger.require(config.logger)
-        job = prepare(config, None, started_s)
+        job = prepare(config, None, started_s, load)
         with runs.create(config.out, RUNS, config.resume == "auto") as folder, folder.log(console):
-            return _finish(job, folder, console, started_s, signals, should_stop)
+            yield Run(job, folder, console, started_s)
+        return
     with runs.reopen(old_folder) as folder:
         config, before = resume.load(folder, config, typed, console)
         result = folder.read_result()
         if result and runs.is_complete(result, config):
             console.say(f"{old_folder} is already complete at step {before.progress.step}")
-            return result
+            yield result
+            return
         logger.require(config.logger)
-        job = prepare(config, before, started_s)
+        job = prepare(config, before, started_s, load)
         if job.data.spec != before.spec:
             raise DataError(
                 f"the {before.spec.name} data here is not what the run was trained on"
@@ -115,19 +178,21 @@ def run(
                 console.warn(difference)
             console.say(f"resuming at step {before.progress.step}")
             folder.keep_metrics_until(before.progress.step // job.steps_per_epoch)
-            return _finish(job, folder, console, started_s, signals, should_stop)
+            yield Run(job, folder, console, started_s)
 
 
-def prepare(config: TrainConfig, before: Checkpoint | None, started_s: float) -> Job:
+def prepare(
+    config: TrainConfig,
+    before: Checkpoint | None,
+    started_s: float,
+    load: LoadData = load_data,
+) -> Job:
     """Device, data, model, loss and optimizer; as they stood at the checkpoint `before`, if any."""
     times = {"startup_s": time.monotonic() - started_s}
     device = runtime.resolve_device(config.device, config.precision)
     runtime.keep_freed_memory()
     with timed(times, "data_s"):
-        data = dataset.load(config.dataset, config.seed)
-        data = dataclasses.replace(
-            data, train=data.train.to(device), val=data.val.to(device), test=data.test.to(device)
-        )
+        data = load(config.dataset, config.seed, device)
     runtime.reseed(torch.device("cpu"), runtime.counted_seed(config.seed, "init"))
     model = build_model(config.model, data.spec.input_shape, data.spec.num_outputs).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
@@ -156,46 +221,49 @@ def prepare(config: TrainConfig, before: Checkpoint | None, started_s: float) ->
 # --- around the loop -----------------------------------------------------------------------------
 
 
-def _finish(
-    job: Job,
-    folder: RunFolder,
-    console: Console,
-    started_s: float,
-    given: SignalWatch | None,
-    should_stop: ShouldStop,
-) -> dict[str, Any]:
-    """Fit, test, record; and record as well what went wrong."""
-    watch = contextlib.nullcontext(given) if given else SignalWatch()
-    with watch as signals, Loggers(console) as loggers:
-        try:
-            save(job, folder.last)
-            folder.write_result(_result(job, folder, "interrupted", started_s))
-            folder.write_config(job.config)
-            banner(job, folder, console)
-            loggers.start(job.config, folder)
-            reason = fit(job, folder, console, signals, loggers.log, should_stop)
-            model = checkpoints.load(folder.best).build_model(job.device)
-            measured: dict[str, dict[str, Any] | None] = {"val": None}
-            with timed(job.times, "eval_s"):
-                if len(job.data.val):
-                    measured["val"], _ = _measure(job, model, job.data.val)
-            stop_if_asked(signals, job, folder)
-            with timed(job.times, "eval_s"):
-                measured["test"], outputs = _measure(job, model, job.data.test)
-            stop_if_asked(signals, job, folder)
-            _write_answers(job, folder, outputs)
-            result = _result(job, folder, "completed", started_s) | measured
-            result["model"] |= _learned_line(job, model)
-            folder.write_result(result)
-        except BaseException as error:
-            failure = _explained(error, job.config)
-            _record_failure(failure, job, folder, console, started_s)
-            if failure is error:
-                raise
-            raise failure from error
-        _show(result, reason, job.config, folder, console)
-        loggers.finish(Finished(result, model, job.data, outputs))
-    return result
+def begin(run: Run) -> None:
+    """Leave what a run that is cut off is found by, and say what is about to happen."""
+    save(run.job, run.folder.last)
+    run.folder.write_result(_result(run, "interrupted"))
+    run.folder.write_config(run.job.config)
+    _banner(run)
+
+
+def conclude(run: Run, signals: SignalWatch) -> Finished:
+    """Test what was selected, and leave result.json.
+
+    Raises:
+        Interrupted: by a signal; all is saved.
+        DivergedError: the selected weights give no finite loss.
+    """
+    job, folder = run.job, run.folder
+    model = checkpoints.load(folder.best).build_model(job.device)
+    measured: dict[str, dict[str, Any] | None] = {"val": None}
+    with timed(job.times, "eval_s"):
+        if len(job.data.val):
+            measured["val"], _ = _measure(job, model, job.data.val)
+    stop_if_asked(signals, job, folder)
+    with timed(job.times, "eval_s"):
+        measured["test"], outputs = _measure(job, model, job.data.test)
+    stop_if_asked(signals, job, folder)
+    _write_answers(job, folder, outputs)
+    result = _result(run, "completed") | measured
+    result["model"] |= _learned_line(job, model)
+    folder.write_result(result)
+    return Finished(result, model, job.data, outputs)
+
+
+@contextlib.contextmanager
+def recorded(run: Run) -> Iterator[None]:
+    """Record in the run's folder what goes wrong in the block, and raise it in the user's words."""
+    try:
+        yield
+    except BaseException as error:
+        failure = _explained(error, run.job.config)
+        _record_failure(failure, run)
+        if failure is error:
+            raise
+        raise failure from error
 
 
 def _explained(error: BaseException, config: TrainConfig) -> BaseException:
@@ -210,9 +278,7 @@ def _explained(error: BaseException, config: TrainConfig) -> BaseException:
     return error
 
 
-def _record_failure(
-    error: BaseException, job: Job, folder: RunFolder, console: Console, started_s: float
-) -> None:
+def _record_failure(error: BaseException, run: Run) -> None:
     """Leave the failure in result.json and in the log, if the disk still takes them."""
     status = "failed"
     if isinstance(error, DivergedError):
@@ -220,9 +286,9 @@ def _record_failure(
     elif isinstance(error, Interrupted | KeyboardInterrupt | PrunedError):
         status = "interrupted"
     message = getattr(error, "message", None) or f"{type(error).__name__}: {one_line(str(error))}"
-    console.record(f"error: {message}")
+    run.console.record(f"error: {message}")
     with contextlib.suppress(ResourceError):
-        folder.write_result(_result(job, folder, status, started_s) | {"error": message})
+        run.folder.write_result(_result(run, status) | {"error": message})
 
 
 def _measure(
@@ -254,8 +320,9 @@ def _write_answers(job: Job, folder: RunFolder, outputs: torch.Tensor) -> None:
         runs.write_table(folder.predictions, (*scoring.ANSWER_COLUMNS, "correct"), judged)
 
 
-def _result(job: Job, folder: RunFolder, status: str, started_s: float) -> dict[str, Any]:
+def _result(run: Run, status: str) -> dict[str, Any]:
     """result.json of the contract, without what is only known at the end of a completed run."""
+    job = run.job
     best, progress, spec = job.progress.best, job.progress, job.data.spec
     samples = progress.step / job.steps_per_epoch * len(job.data.train)
     times = job.times | {"train_s": progress.train_s + progress.epoch_s}
@@ -267,7 +334,7 @@ def _result(job: Job, folder: RunFolder, status: str, started_s: float) -> dict[
         "config_hash": config_hash(job.config),
         "seed": job.config.seed,
         "device": str(job.device),
-        "run_dir": str(folder.path),
+        "run_dir": str(run.folder.path),
         "versions": {
             "mnist_cli": __version__,
             "torch": torch.__version__,
@@ -285,7 +352,7 @@ def _result(job: Job, folder: RunFolder, status: str, started_s: float) -> dict[
         "best": None if best is None else dataclasses.asdict(best),
         "val": None,
         "test": None,
-        "time": {"total_s": time.monotonic() - started_s} | times,
+        "time": {"total_s": time.monotonic() - run.started_s} | times,
         "samples_per_s": samples / times["train_s"] if times["train_s"] else None,
     }
 
@@ -297,7 +364,8 @@ def _learned_line(job: Job, model: nn.Module) -> dict[str, Any]:
     return {"weight": weight.tolist(), "bias": bias.tolist()}
 
 
-def banner(job: Job, folder: RunFolder, console: Console) -> None:
+def _banner(run: Run) -> None:
+    job, console = run.job, run.console
     config, data = job.config, job.data
     threads = f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else ""
     console.detail(f"model    {config.model.name}, {num_params(job.model):,} parameters")
@@ -312,16 +380,12 @@ def banner(job: Job, folder: RunFolder, console: Console) -> None:
     selects = f"by {config.monitored}" if len(data.val) else "nothing, the last epoch is the result"
     console.detail(f"select   {selects}")
     console.detail(f"device   {job.device}{threads}, {config.precision}")
-    console.detail(f"run      {folder.path}")
+    console.detail(f"run      {run.folder.path}")
 
 
-def _show(
-    result: dict[str, Any],
-    reason: str,
-    config: TrainConfig,
-    folder: RunFolder,
-    console: Console,
-) -> None:
+def show(run: Run, result: dict[str, Any], reason: str) -> None:
+    """Say how the run ended, and what came of it."""
+    console = run.console
     best, splits = result["best"], [name for name in ("val", "test") if result[name]]
     console.detail(f"stopped  {reason}")
     chosen = f"the best {best['monitor']}" if best["monitor"] else "the last one"
@@ -338,6 +402,7 @@ def _show(
     if "accuracy" in result["test"]:
         low, high = result["test"]["accuracy_ci95"]
         console.detail(f"test accuracy lies between {low:.2%} and {high:.2%} (95%)")
-    checkpoint = shlex.join([f"checkpoint={folder.path}", *plugin_words(config.plugin)])
+    words = [f"checkpoint={run.folder.path}", *plugin_words(run.job.config.plugin)]
+    checkpoint = shlex.join(words)
     console.detail(f"next     mnist-cli eval {checkpoint}")
     console.detail(f"         mnist-cli export {checkpoint} format=onnx")

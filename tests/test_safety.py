@@ -156,10 +156,10 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "completion": {"line"},
     },
     "commands": {
-        "train": {"loop", "logger"}, "loop": set(), "logger": {"export"},
+        "train": {"loop", "logger"}, "loop": set(), "stacked": {"loop"}, "logger": {"export"},
         "evaluate": {"trained"}, "export": {"onnx_file"}, "onnx_file": set(),
         "trained": {"onnx_file"}, "predict": {"trained"}, "demo": {"trained"}, "report": set(),
-        "sweep": {"train"},
+        "sweep": {"train", "stacked"},
     },
     "records": {
         "checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}, "plugin": set(),
@@ -180,7 +180,7 @@ HYDRA = ("compose", "explain", "hydra_main")
 TORCH_FREE = (
     *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "typed", "errors",
     "console", "signals", "sweep/__init__", "sweep/job", "sweep/pool", "sweep/board",
-    "sweep/leaderboard", "sweep/search", "logger/__init__", "logger/wandb",
+    "sweep/leaderboard", "sweep/search", "sweep/group", "logger/__init__", "logger/wandb",
 )  # fmt: skip
 
 

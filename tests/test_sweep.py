@@ -37,7 +37,10 @@ pytestmark = pytest.mark.usefixtures("empty_cwd")
 
 # 22 steps an epoch; a job takes a tenth of a second.
 TINY = ("dataset=digits", "model=mlp", "model.hidden=[16]", "batch_size=64", "epochs=2")
-TWELVE = ("train", "-m", *TINY, "optim=adam,sgd", "optim.lr=0.1,0.01", "seed=0,1,2", "--quiet")
+ALONE = "sweep.fused=false"  # to the last bit, and one after the other
+TWELVE = (
+    "train", "-m", *TINY, "optim=adam,sgd", "optim.lr=0.1,0.01", "seed=0,1,2", ALONE, "--quiet",
+)  # fmt: skip
 
 
 def folders(sweep: Path) -> dict[str, Path]:
@@ -190,7 +193,7 @@ def test_any_file_can_lie_in_the_folder(
 
 
 def test_the_winners_command_repeats_it(mnist_cli: Program) -> None:
-    words = ("train", "-m", *TINY, "optim.lr=0.1,0.001", "seed=0,1")
+    words = ("train", "-m", *TINY, "optim.lr=0.1,0.001", "seed=0,1", ALONE)
     outcome = mnist_cli(*words, "out=a", "--json")
     assert outcome.code == 0
     document = json.loads(outcome.stdout)
@@ -204,14 +207,14 @@ def test_the_winners_command_repeats_it(mnist_cli: Program) -> None:
     assert winner["std"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))
     program, *again = shlex.split(winner["command"])
     assert program == "mnist-cli"
-    assert mnist_cli(*again, "out=b", "--quiet").code == 0
+    assert mnist_cli(*again, ALONE, "out=b", "--quiet").code == 0
     (row,) = board_of(Path("b"))["rows"]
     for key in ("mean", "std", "test_mean", "test_std", "seeds"):
         assert row[key] == winner[key]
 
 
 def test_a_sweep_says_what_happens(mnist_cli: Program) -> None:
-    outcome = mnist_cli("train", "-m", *TINY, "optim.lr=0.1,1e30", "seed=0", "out=a")
+    outcome = mnist_cli("train", "-m", *TINY, "optim.lr=0.1,1e30", "seed=0", ALONE, "out=a")
     assert outcome.code == 1
     lines = outcome.stdout.splitlines()
     assert lines[0] == "start    1/2  optim.lr=0.1"
@@ -294,7 +297,7 @@ def yaml_of(run: Path) -> Any:
 
 
 def test_fail_fast_starts_nothing_more(mnist_cli: Program) -> None:
-    words = ("train", "-m", *TINY, "optim.lr=0.1,1e30,0.2", "--json")
+    words = ("train", "-m", *TINY, "optim.lr=0.1,1e30,0.2", ALONE, "--json")
     outcome = mnist_cli(*words, "out=a", "sweep.fail_fast=true")
     assert outcome.code == 1
     assert len(json.loads(outcome.stdout)["jobs"]) == len(folders(Path("a"))) == 2
@@ -355,7 +358,7 @@ def test_a_folder_with_runs_is_no_new_sweep(mnist_cli: Program) -> None:
 
 
 def test_a_sweep_goes_on_and_grows(mnist_cli: Program, trained: Callable[..., Path]) -> None:
-    words = ("train", "-m", *TINY, "--quiet")
+    words = ("train", "-m", *TINY, ALONE, "--quiet")
     assert mnist_cli(*words, "seed=0,1", "out=a").code == 0
     before = states(Path("a"))
     assert mnist_cli(*words, "seed=0,1,2", "optim=adam,sgd", "sweep.resume=a").code == 0
@@ -460,7 +463,7 @@ def test_two_at_once_one_of_them_killed_give_the_bits_of_one_alone(
     server: Server, tmp_path: Path
 ) -> None:
     sweep = tmp_path / "sweep"
-    words = ["train", "-m", *TINY, "epochs=40", "seed=0,1,2,3", "--quiet"]
+    words = ["train", "-m", *TINY, "epochs=40", "seed=0,1,2,3", ALONE, "--quiet"]
     child = server.start(faults.program, [*words, "sweep.jobs=2", f"out={sweep}"])
     found: list[tuple[int, Path]] = []
 
@@ -496,7 +499,7 @@ def test_two_at_once_one_of_them_killed_give_the_bits_of_one_alone(
 def test_no_worker_outlives_its_sweep(server: Server, tmp_path: Path, number: int) -> None:
     """SIGINT reaches the whole group, as from a terminal; SIGKILL the sweep alone."""
     sweep = tmp_path / "sweep"
-    words = ["train", "-m", *TINY, "epochs=10000", "seed=0,1,2", "sweep.jobs=2", "--quiet"]
+    words = ["train", "-m", *TINY, "epochs=10000", "seed=0,1,2", "sweep.jobs=2", ALONE, "--quiet"]
     child = server.start(faults.program_in_group, [*words, f"out={sweep}"])
     child.wait_for(lambda: sum(1 for _ in sweep.glob("*/metrics.csv")) == 2)
     workers = children_of(child.pid)

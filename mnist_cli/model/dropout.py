@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-LEVELS = 2**16  # resolution of the probability: it is off by at most 1 / (2 * LEVELS)
+LEVELS = 2**16  # resolution of the probability: it is off by at most 1 / LEVELS
 
 
 class Dropout(nn.Module):
@@ -25,7 +25,23 @@ class Dropout(nn.Module):
         """Any shape and float dtype; the same comes back."""
         if not self.training or self.p == 0:
             return values
-        threshold = round(self.p * LEVELS) - LEVELS // 2  # as a signed number of 16 bits
-        words = torch.empty((values.numel() + 3) // 4, dtype=torch.int64, device=values.device)
-        draws = words.random_(-(2**63), None).view(torch.int16)[: values.numel()]
-        return values * ((draws >= threshold).view(values.shape) * (1 / (1 - self.p)))
+        kept = draw(values.numel(), values.device) >= threshold_of(self.p)
+        return values * (kept.view(values.shape) * scale_of(self.p))
+
+
+def draw(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """(count,) int16, each of the 2^16 as likely; from torch's global generator if from no other.
+
+    A value is kept where its draw is not below the threshold.
+    """
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
+    return words.random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
+
+
+def threshold_of(p: float) -> int:
+    """The threshold for `p`, as a signed number of 16 bits; all draws reach that of p = 0."""
+    return min(round(p * LEVELS), LEVELS - 1) - LEVELS // 2
+
+
+def scale_of(p: float) -> float:
+    return 1 / (1 - p)

@@ -2,19 +2,23 @@
 
     job          its folder, how it is run, how its failure is recorded
     pool         one job after the other here, or several at once in worker processes
+    group        which jobs are trained as one stack, unless sweep.fused=false
+    fused        such a stack
     worker       such a process
     search       Optuna in place of a list of jobs
     board        what a person sees meanwhile
     leaderboard  what came of it, made of what lies in the folder
 
 A failed job never stops the rest. Randomness is counted and every job builds all that it uses, so a
-job of a sweep gives the same numbers as the same run alone with as many threads.
+job of a sweep gives the same numbers as the same run alone with as many threads; one of a stack
+gives them but for rounding, since sums are taken in another order.
 """
 
 from __future__ import annotations
 
 import shlex
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +29,7 @@ from mnist_cli.config import SweepConfig, TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import MnistCliError, SweepError
 from mnist_cli.run import RunFolder
-from mnist_cli.sweep import leaderboard, pool
+from mnist_cli.sweep import group, leaderboard, pool
 from mnist_cli.sweep import search as searching
 from mnist_cli.sweep.board import Board
 from mnist_cli.sweep.job import (
@@ -76,6 +80,7 @@ def run(
     Raises:
         UsageError: the folder doesn't fit; nothing was written.
     """
+    group.check(_configs(jobs), settings)
     folder = folder_of(jobs, settings)
     assert folder is not None
     labels: dict[str, tuple[Job, str]] = {}
@@ -87,6 +92,8 @@ def run(
     with console.live_table() as live:
         board = Board(console, live, len(labels))
         grid = Grid([job for job, _ in labels.values()], settings, board)
+        for reason, count in grid.alone().items():
+            console.say(f"alone    {count} of {len(labels)} jobs: {reason} can't be stacked")
         for number, (job, label) in enumerate(labels.values(), 1):
             board.add(job, label or "as it stands", number)
         stopped_by = pool.run(grid, settings.jobs)
@@ -140,26 +147,38 @@ def run_search(
 
 
 class Grid:
-    """The plan of a sweep whose jobs are known: one after the other, what is done left out."""
+    """The plan of a sweep whose jobs are known: stack after stack, what is done left out."""
 
     asks = False
 
     def __init__(self, jobs: Sequence[Job], settings: SweepConfig, board: Board) -> None:
-        self._left, self._settings, self._board = list(reversed(jobs)), settings, board
-        configs = [job.config for job in jobs if isinstance(job.config, TrainConfig)]
+        self._settings, self._board = settings, board
+        configs = _configs(jobs)
+        self._groups = group.planned(configs, settings)
+        self._left = [[jobs[place] for place in each.members] for each in reversed(self._groups)]
         self.names_gpu = any(config.device.startswith("cuda:") for config in configs)
         self.documents: dict[str, Document] = {}
 
-    def next_job(self) -> Job | None:
+    def alone(self) -> Counter[str]:
+        """With sweep.fused=true: how many jobs train alone nevertheless, by reason."""
+        if self._settings.fused != "true":
+            return Counter()
+        return Counter(each.alone_because for each in self._groups if each.alone_because)
+
+    def next_jobs(self) -> Sequence[Job]:
         while self._left:
-            job = self._left.pop()
-            done = result_of(job)
-            if done is None:
-                self._board.started(job)
-                return job
-            self.documents[_out(job)] = done
-            self._board.skipped(job, done)
-        return None
+            jobs = []
+            for job in self._left.pop():
+                done = result_of(job)
+                if done is None:
+                    jobs.append(job)
+                else:
+                    self.documents[_out(job)] = done
+                    self._board.skipped(job, done)
+            if jobs:
+                self._board.started(jobs)
+                return jobs
+        return []
 
     def should_stop(self, job: Job, epoch: int, value: float | None) -> bool:
         self._board.epoch(job, epoch, value)
@@ -190,7 +209,7 @@ def run_launched(
     if done is not None:
         board.skipped(job, done)
         return done
-    board.started(job)
+    board.started([job])
     document = run_job(job, Console(quiet=True))
     board.ended(job, document)
     return document
@@ -205,6 +224,10 @@ def record_cut_off(jobs: Sequence[Job], folder: Path, error: str) -> None:
             result = RunFolder(Path(there.out)).read_result() or {}
             if result.get("status") != "completed" and result.get("error") is None:
                 record(there, error)  # but not where it still runs: that folder is locked
+
+
+def _configs(jobs: Sequence[Job]) -> list[TrainConfig]:
+    return [job.config for job in jobs if isinstance(job.config, TrainConfig)]
 
 
 def _out(job: Job) -> str:

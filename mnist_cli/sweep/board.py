@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mnist_cli.config import TrainConfig
@@ -51,11 +52,14 @@ class Board:
     def skipped(self, job: Job, document: Document) -> None:
         self._end(job, document, "done before")
 
-    def started(self, job: Job) -> None:
-        line = self._lines[_key(job)]
-        line.state, line.started_s = "starting", time.monotonic()
+    def started(self, jobs: Sequence[Job]) -> None:
+        """A job has started, or several as one stack."""
+        lines = [self._lines[_key(job)] for job in jobs]
+        for line in lines:
+            line.state, line.started_s = "starting", time.monotonic()
         if self._live is None:
-            self._console.say(f"start    {self._name(line)}")
+            many = f"{len(lines)} of {self._total} jobs, trained as one stack"
+            self._console.say(f"start    {self._name(lines[0]) if len(lines) == 1 else many}")
         self.draw()
 
     def epoch(self, job: Job, epoch: int, value: float | None) -> None:

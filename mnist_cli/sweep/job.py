@@ -13,6 +13,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,16 +146,50 @@ def run_job(
     watch = {} if should_stop is None else {"should_stop": should_stop}
     try:
         return train.run(config, console, job.typed, started_s, signals=signals, **watch)
-    except PrunedError as error:
-        return RunFolder(Path(config.out or "")).read_result() or failure(error, job)
-    except MnistCliError as error:
-        if error.exit_code != 7:  # else the folder is somebody else's
-            record(config, error.message)
-        return failure(error, job)
     except Exception as error:
-        document = failure(error, job)
-        record(config, document["error"], traceback.format_exc())
-        return document
+        return failed(error, job)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    signals: SignalWatch | None,
+    on_epoch: Callable[[Job, int, float | None], bool],
+    on_end: Callable[[Job, Document], None],
+) -> None:
+    """Train one job, or several as one stack.
+
+    Args:
+        signals: as in `run_job`.
+        on_epoch: `should_stop` of each job; a stack tells it, and goes on.
+        on_end: told each job's result, or its failure.
+
+    Raises:
+        Interrupted: by a signal, after checkpoints were written and `on_end` was told.
+    """
+    if len(jobs) > 1:
+        from mnist_cli.sweep import fused
+
+        return fused.run(jobs, signals, on_epoch, on_end)
+    [job] = jobs
+    try:
+        on_end(job, run_job(job, Console(quiet=True), signals, partial(on_epoch, job)))
+    except Interrupted as error:
+        on_end(job, failure(error, job))
+        raise
+
+
+def failed(error: Exception, job: Job) -> Document:
+    """The document of a job that `error` has ended, which is recorded in its folder."""
+    config, document = job.config, failure(error, job)
+    assert isinstance(config, TrainConfig)
+    if isinstance(error, PrunedError):
+        return RunFolder(Path(config.out or "")).read_result() or document
+    if not isinstance(error, MnistCliError):
+        details = "".join(traceback.format_exception(error))
+        record(config, document["error"], details)
+    elif error.exit_code != 7:  # else the folder is somebody else's
+        record(config, document["error"])
+    return document
 
 
 def failure(error: BaseException, job: Job | None) -> Document:

@@ -17,14 +17,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 from mnist_cli.config import TrainConfig, to_plain
-from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted, SweepError
 from mnist_cli.signals import STOP_SIGNALS, SignalWatch
-from mnist_cli.sweep.job import Document, Job, failure, record, run_job
+from mnist_cli.sweep.job import Document, Job, failure, record, run_jobs
 
 TICK_S = 0.2  # how often the live table counts on
 
@@ -35,8 +33,8 @@ class Plan(Protocol):
     asks: bool  # whether a job has to wait for the answer of `should_stop`
     names_gpu: bool  # whether jobs name a GPU, as device=cuda:1
 
-    def next_job(self) -> Job | None:
-        """What to start now; None when nothing is left, for good."""
+    def next_jobs(self) -> Sequence[Job]:
+        """What to start now, several as one stack; empty when nothing is left, for good."""
 
     def should_stop(self, job: Job, epoch: int, value: float | None) -> bool:
         """An epoch is over, with this monitored value: whether the job is to be given up."""
@@ -55,15 +53,11 @@ def run(plan: Plan, num_jobs: int) -> int | None:
 
 def _run_here(plan: Plan) -> int | None:
     while True:
-        job = None
         try:
-            if (job := plan.next_job()) is None:
+            if not (jobs := plan.next_jobs()):
                 return None
-            stop = partial(plan.should_stop, job)
-            plan.ended(job, run_job(job, Console(quiet=True), should_stop=stop))
+            run_jobs(jobs, None, plan.should_stop, plan.ended)
         except Interrupted as error:
-            if job is not None:
-                plan.ended(job, failure(error, job))
             return error.exit_code - 128
         except KeyboardInterrupt:
             return signal.SIGINT
@@ -74,11 +68,17 @@ def _run_here(plan: Plan) -> int | None:
 
 @dataclasses.dataclass
 class Worker:
-    """A process that takes jobs, its slot (0 .. num_jobs - 1), and what it is at."""
+    """A process that takes jobs, its slot (0 .. num_jobs - 1), and what it is at.
+
+    Attributes:
+        jobs: what it was given last, several as one stack.
+        left: the places in `jobs` of those that have not ended.
+    """
 
     process: subprocess.Popen[bytes]
     slot: int
-    job: Job | None = None
+    jobs: Sequence[Job] = ()
+    left: set[int] = dataclasses.field(default_factory=set)
     rest: bytes = b""
 
     def send(self, message: dict[str, Any]) -> None:
@@ -131,13 +131,13 @@ def _serve(
 ) -> None:
     is_stopping = False
     while True:
-        while not signals.received and len(workers) < num_jobs and (job := plan.next_job()):
+        while not signals.received and len(workers) < num_jobs and (jobs := plan.next_jobs()):
             slot = min({*range(num_jobs)} - {worker.slot for worker in workers})
             gpus = [] if plan.names_gpu else _gpus()
             worker = Worker(_start(share_of(slot, num_jobs, gpus)), slot)
             workers.append(worker)
             selector.register(_stdout(worker), selectors.EVENT_READ, worker)
-            _give(worker, job, plan)
+            _give(worker, jobs, plan)
         if signals.received and not is_stopping:
             is_stopping = True
             for worker in workers:
@@ -160,39 +160,43 @@ def _stdout(worker: Worker) -> Any:
     return worker.process.stdout
 
 
-def _give(worker: Worker, job: Job, plan: Plan) -> None:
-    worker.job = job
-    worker.send({"words": job.words, "config": to_plain(job.config), "asks": plan.asks})
+def _give(worker: Worker, jobs: Sequence[Job], plan: Plan) -> None:
+    worker.jobs, worker.left = jobs, set(range(len(jobs)))
+    listed = [{"words": job.words, "config": to_plain(job.config)} for job in jobs]
+    worker.send({"jobs": listed, "asks": plan.asks})
 
 
 def _hear(worker: Worker, message: dict[str, Any], plan: Plan, signals: SignalWatch) -> None:
-    job = worker.job
-    assert job is not None
+    job = worker.jobs[message["job"]]
     if "ended" not in message:
         stop = plan.should_stop(job, message["epoch"], message["value"])
         if plan.asks:
             worker.send({"stop": stop})
         return
-    worker.job = None
+    worker.left.remove(message["job"])
     plan.ended(job, message["ended"])
-    following = None if signals.received else plan.next_job()
-    if following is None:
-        worker.let_go()
-    else:
+    if worker.left:
+        return
+    following = () if signals.received else plan.next_jobs()
+    if following:
         _give(worker, following, plan)
+    else:
+        worker.let_go()
 
 
 def _note_end(worker: Worker, plan: Plan, signals: SignalWatch) -> None:
-    """What is left to do for a process that has ended; a job that it was at has failed."""
+    """What is left to do for a process that has ended; the jobs that it was at have failed."""
     code = worker.bury()
-    if worker.job is None or (code >= 0 and signals.received):
+    if not worker.left or (code >= 0 and signals.received):
         return
-    assert isinstance(worker.job.config, TrainConfig)
     how = f"exit code {code}" if code >= 0 else f"signal {-code} ({_name(-code)})"
     hint = "if memory ran out, type a smaller sweep.jobs= or batch_size="
     error = SweepError(f"the process of the job was ended by {how}", hint)
-    record(worker.job.config, error.message)
-    plan.ended(worker.job, failure(error, worker.job))
+    for place in sorted(worker.left):
+        job = worker.jobs[place]
+        assert isinstance(job.config, TrainConfig)
+        record(job.config, error.message)
+        plan.ended(job, failure(error, job))
 
 
 def _name(number: int) -> str:

@@ -242,7 +242,7 @@ class Search:
 
     # --- as a plan -------------------------------------------------------------------------------
 
-    def next_job(self) -> Job | None:
+    def next_jobs(self) -> Sequence[Job]:
         while (trial := self._next_trial()) is not None:
             words = words_of(self._space, trial.params)
             label = " ".join(words)
@@ -263,9 +263,9 @@ class Search:
                 self.board.skipped(job, done)
                 continue
             self._running[key] = [trial]
-            self.board.started(job)
-            return job
-        return None
+            self.board.started([job])
+            return [job]
+        return []
 
     def _next_trial(self) -> optuna.Trial | None:
         import optuna

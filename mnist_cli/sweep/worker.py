@@ -2,10 +2,11 @@
 
 One JSON document a line, in both directions:
 
-    in   {"words": [...], "config": {...}, "asks": bool}   a job
-         {"stop": bool}                                    the answer to an epoch, where `asks`
-    out  {"epoch": N, "value": V}                          an epoch is over and saved
-         {"ended": {...}}                                  the job's result, or its failure
+    in   {"jobs": [{"words": [...], "config": {...}}, ...], "asks": bool}
+                                            a job, or several to be trained as one stack
+         {"stop": bool}                     the answer to an epoch, where `asks`
+    out  {"job": N, "epoch": N, "value": V}  an epoch of the N-th job is over and saved
+         {"job": N, "ended": {...}}          its result, or its failure
 
 When the input ends, which it also does when the sweep is killed, the job is saved and the worker
 ends. SIGTERM and SIGINT do the same.
@@ -20,14 +21,14 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from mnist_cli import plugin
 from mnist_cli.config import train_config
-from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted
 from mnist_cli.signals import STOP_SIGNALS, SignalWatch
-from mnist_cli.sweep.job import Job, failure, run_job
+from mnist_cli.sweep.job import Document, Job, run_jobs
 
 
 def main() -> int:
@@ -63,20 +64,29 @@ def _work(lines: queue.SimpleQueue[bytes], out: Any, signals: SignalWatch) -> in
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     while (line := lines.get()) and not signals.received:
         order = json.loads(line)
-        plugin.use(order["config"]["plugin"])  # they were typed for the sweep
-        job = Job(tuple(order["words"]), train_config(order["config"]))
+        jobs, asks = [], order["asks"]
+        for each in order["jobs"]:
+            plugin.use(each["config"]["plugin"])  # they were typed for the sweep
+            jobs.append(Job(tuple(each["words"]), train_config(each["config"])))
 
-        def should_stop(epoch: int, value: float | None, asks: bool = order["asks"]) -> bool:
-            _write(out, {"epoch": epoch, "value": value})
+        def should_stop(
+            job: Job,
+            epoch: int,
+            value: float | None,
+            jobs: Sequence[Job] = jobs,
+            asks: bool = asks,
+        ) -> bool:
+            _write(out, {"job": jobs.index(job), "epoch": epoch, "value": value})
             answer = lines.get() if asks else b""
             return bool(answer and json.loads(answer)["stop"])
 
+        def ended(job: Job, document: Document, jobs: Sequence[Job] = jobs) -> None:
+            _write(out, {"job": jobs.index(job), "ended": document})
+
         try:
-            document = run_job(job, Console(quiet=True), signals, should_stop)
+            run_jobs(jobs, signals, should_stop, ended)
         except Interrupted as error:
-            _write(out, {"ended": failure(error, job)})
             return error.exit_code
-        _write(out, {"ended": document})
     return 0
 
 

@@ -20,6 +20,7 @@ from test_durable import (
     test_the_lock_of_a_killed_process_is_free_at_once,
     two_saves,
 )
+from test_fused import eight, test_a_stack_killed_at_any_instant_loses_no_finished_job
 from test_resume import (
     one_thread,
     stops,

@@ -1,0 +1,182 @@
+"""Many runs trained as one: what a step costs besides its arithmetic is paid once for all.
+
+    stack      one step of all of them
+    network    their forward pass
+    loss       their losses
+    optimizer  their optimizers
+
+A member is an ordinary `Job`: its parameters are views of the stacked ones while it trains here,
+its optimizer's state is its own, and its randomness is counted as ever. So at the end of any epoch
+it can be selected, saved and measured, or go on alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mnist_cli import loop, runtime, scoring
+from mnist_cli.errors import DivergedError
+from mnist_cli.loop import Job
+from mnist_cli.signals import SignalWatch
+from mnist_cli.stacked.stack import Stack
+
+__all__ = ["Member", "rounds"]
+
+
+@dataclass(eq=False)
+class Member:
+    """A job among others.
+
+    Attributes:
+        job: its progress is as it is to be saved.
+        row: of metrics.csv, once an epoch is done. Its seconds are the member's share, so that
+            those of all members sum up to the time that has passed.
+        error: why the job can't go on.
+        is_over: to be set by the caller where the job shall not go on, as after a failed `save`.
+    """
+
+    job: Job
+    row: dict[str, Any] = dataclasses.field(default_factory=dict)
+    error: DivergedError | None = None
+    is_over: bool = False
+    loss_sum: float = 0.0
+    epoch_s: float = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_over or self.error is not None or loop.is_over(self.job)
+
+
+def rounds(jobs: Sequence[Job], signals: SignalWatch) -> Iterator[list[Member]]:
+    """Train jobs of one group together, all from the same step on.
+
+    Yields:
+        After each epoch, the members that were in it: with a `row`, to be selected and saved by
+        the caller, or with an `error`. After a signal in the middle of an epoch: the members
+        without a row, to be saved. The generator ends after a signal.
+    """
+    members = [
+        Member(job, loss_sum=job.progress.loss_sum, epoch_s=job.progress.epoch_s)
+        for job in sorted(jobs, key=lambda job: job.config.seed)
+    ]
+    while members := [member for member in members if not member.is_done]:
+        for member in members:
+            member.row = {}
+        _train_epoch(members, signals)
+        yield members
+        if signals.received:
+            return
+
+
+def _train_epoch(members: Sequence[Member], signals: SignalWatch) -> None:
+    """Train to the end of the epoch, or until a signal comes."""
+    first = members[0].job
+    num_rows, batch_size = len(first.data.train), first.config.batch_size
+    step, num_steps = first.progress.step, first.steps_per_epoch
+    epoch, position = divmod(step, num_steps)
+    orders = {
+        seed: runtime.permutation(seed, epoch, num_rows).to(first.device)
+        for seed in {member.job.config.seed for member in members}
+    }
+    running, stack = members, Stack([member.job for member in members])
+    since_s = time.perf_counter()
+    while running and position < num_steps:
+        rows = slice(position * batch_size, min((position + 1) * batch_size, num_rows))
+        losses = stack.compute_gradients(orders, rows, step)
+        is_well = all(map(math.isfinite, losses))
+        if not is_well:
+            since_s = _share_time(running, since_s)
+        for member, loss in zip(running, losses, strict=True):
+            member.loss_sum += loss * (rows.stop - rows.start)
+            if not math.isfinite(loss):
+                member.error = _divergence(member.job, loss, step)
+        stack.take_step(step)
+        step += 1
+        position += 1
+        if not is_well and (running := [member for member in running if member.error is None]):
+            stack = Stack([member.job for member in running])
+        if signals.received:
+            break
+    _share_time(running, since_s)
+    if running and position == num_steps:
+        _end_epoch(running, epoch + 1, step)
+        return
+    for member in running:
+        member.job.progress = dataclasses.replace(
+            member.job.progress, step=step, loss_sum=member.loss_sum, epoch_s=member.epoch_s
+        )
+
+
+def _share_time(members: Sequence[Member], since_s: float) -> float:
+    """Give each its share of the time that has passed, and return the time."""
+    now_s = time.perf_counter()
+    for member in members:
+        member.epoch_s += (now_s - since_s) / len(members)
+    return now_s
+
+
+def _divergence(job: Job, loss: float, step: int) -> DivergedError:
+    """The error of a job whose loss is not finite at `step`."""
+    try:
+        loop.check_weights(job, step - 1)
+    except DivergedError as error:
+        return error
+    return loop.diverged(job, "loss", loss, step)
+
+
+def _end_epoch(members: Sequence[Member], epoch: int, step: int) -> None:
+    """Measure the members on their validation splits, and give them the rows of the epoch."""
+    since_s, outputs = time.perf_counter(), _answers([member.job for member in members])
+    for member, own in zip(members, outputs, strict=True):
+        job, data, epoch_s = member.job, member.job.data, member.epoch_s
+        train_s = job.progress.train_s + epoch_s
+        job.progress = dataclasses.replace(
+            job.progress, step=step, loss_sum=0.0, epoch_s=0.0, train_s=train_s
+        )
+        try:
+            scores = _scores(job, own, step)
+        except DivergedError as error:
+            member.error = error
+            continue
+        member.row = {
+            "epoch": epoch,
+            "step": step,
+            "lr": loop.set_lr(job, step - 1),
+            "train_loss": member.loss_sum / len(data.train),
+            **scores,
+            "seconds": epoch_s,
+            "samples_per_s": len(data.train) / epoch_s,
+        }
+        member.loss_sum = member.epoch_s = 0.0
+    eval_s = (time.perf_counter() - since_s) / len(members)
+    for member in members:
+        member.job.times["eval_s"] += eval_s
+
+
+def _answers(jobs: Sequence[Job]) -> list[Tensor]:
+    """Each job's outputs on its validation split, (N, C); jobs of one seed share the inputs."""
+    outputs: list[Tensor] = []
+    for _, alike in itertools.groupby(jobs, lambda job: job.config.seed):
+        own = list(alike)
+        models = [job.model for job in own]
+        outputs += scoring.answers_of_all(models, own[0].data.spec, own[0].data.val)
+    return outputs
+
+
+def _scores(job: Job, outputs: Tensor, step: int) -> dict[str, float | None]:
+    """As `loop.score`, of outputs that are there already."""
+    if not len(job.data.val):
+        metric = "accuracy" if job.data.spec.task == "classification" else "mse"
+        return {"val_loss": None, f"val_{metric}": None}
+    scores = scoring.summary(outputs, job.data.val, job.data.spec, job.loss)
+    if not math.isfinite(scores["loss"]):
+        raise loop.diverged(job, "validation loss", scores["loss"], step - 1)
+    return {f"val_{name}": value for name, value in scores.items()}

@@ -1,0 +1,114 @@
+"""One optimizer step of many jobs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mnist_cli import runtime, schedule
+from mnist_cli.config import ScheduleConfig
+from mnist_cli.loop import Job
+from mnist_cli.model.linear import Linear
+from mnist_cli.model.mlp import Mlp
+from mnist_cli.stacked.loss import build_losses
+from mnist_cli.stacked.network import Network
+from mnist_cli.stacked.optimizer import Optimizer
+
+AHEAD = 500  # steps for which the optimizer's numbers are computed at once
+
+
+class Stack:
+    """Jobs of one group, those of one seed side by side.
+
+    Their parameters are views of the stack's from here on.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+        first = self.jobs[0]
+        by_seed = [list(own) for _, own in itertools.groupby(self.jobs, lambda j: j.config.seed)]
+        is_even = len({len(own) for own in by_seed}) == 1
+        self._lanes = [own[0] for own in by_seed] if is_even else self.jobs
+        self._generators = [torch.Generator(first.device) for _ in self._lanes]
+        models = [job.model for job in self.jobs if isinstance(job.model, Linear | Mlp)]
+        self._network = Network(models, len(self._lanes))
+        self._parameters = [tensor for layer in self._network.layers for tensor in layer]
+        losses = [job.config.loss for job in jobs]
+        self._losses = build_losses(losses, first.data.spec.task, first.device)
+        clips = [job.config.grad_clip or math.inf for job in jobs]
+        self._clips = any(map(math.isfinite, clips))
+        self._largest_norms = torch.tensor(clips, device=first.device)
+        named = zip(*(model.parameters() for model in models), strict=True)
+        self._optimizer = Optimizer(
+            [job.config.optim for job in jobs],
+            [job.optimizer for job in jobs],
+            list(zip(self._parameters, named, strict=True)),
+        )
+        self._planned = range(0)
+
+    def compute_gradients(
+        self, orders: Mapping[int, Tensor], rows: slice, step: int
+    ) -> list[float]:
+        """Compute each job's gradient of its mean loss, and return these losses.
+
+        Args:
+            orders: for each seed, the order of the epoch, (N,) int64.
+            rows: which part of it is the batch of `step`.
+        """
+        first, num_lanes = self.jobs[0], len(self._lanes)
+        inputs, targets = [], []
+        for lane, generator in zip(self._lanes, self._generators, strict=True):
+            seed, train = lane.config.seed, lane.data.train
+            indices = orders[seed][rows]
+            # Not train.inputs[indices], which takes ten times as long for rows of bytes.
+            inputs.append(train.inputs.flatten(1).index_select(0, indices))
+            targets.append(train.targets.index_select(0, indices))
+            if self._network.drops:
+                generator.manual_seed(runtime.counted_seed(seed, "step", step))
+        images = torch.cat(inputs).view(-1, *first.data.spec.input_shape)
+        outputs = self._network.forward(
+            first.normalise(images).view(num_lanes, len(indices), -1), self._generators
+        )
+        each = torch.stack(targets).repeat_interleave(len(self.jobs) // num_lanes, dim=0)
+        losses = self._losses(outputs, each)
+        # No job's loss depends on another's weights: of the sum, each gets its own gradient.
+        for parameter in self._parameters:
+            parameter.grad = None
+        losses.sum().backward()
+        if self._clips:
+            self._clip()
+        values: list[float] = losses.tolist()
+        return values
+
+    def take_step(self, step: int) -> None:
+        """Take an optimizer step with the learning rate that each job has at `step`."""
+        if step not in self._planned:
+            num_left = self.jobs[0].steps_per_epoch - step % self.jobs[0].steps_per_epoch
+            self._planned = range(step, step + min(AHEAD, num_left))
+            self._optimizer.plan(_learning_rates(self.jobs, self._planned))
+        self._optimizer.step()
+
+    def _clip(self) -> None:
+        """As torch.nn.utils.clip_grad_norm_, the norm being that of each job's own gradient."""
+        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)  # (K,)
+        shares = (self._largest_norms / (norms + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(shares.view(-1, *(1 for _ in grad.shape[1:])))
+
+
+def _learning_rates(jobs: Sequence[Job], steps: range) -> Tensor:
+    """As `loop.lr_of`: (steps, K) float64. Jobs of one schedule share the work."""
+    factors: dict[tuple[ScheduleConfig, int], Tensor] = {}
+    for job in jobs:
+        config, per_epoch = job.config, job.steps_per_epoch
+        if (config.schedule, config.epochs) not in factors:
+            total = config.epochs * per_epoch
+            own = [schedule.lr_factor(config.schedule, step, per_epoch, total) for step in steps]
+            factors[config.schedule, config.epochs] = torch.tensor(own, dtype=torch.float64)
+    each = [job.config.optim.lr * factors[job.config.schedule, job.config.epochs] for job in jobs]
+    return torch.stack(each, dim=1)
