@@ -159,7 +159,7 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "train": {"loop", "logger"}, "loop": set(), "stacked": {"loop"}, "logger": {"export"},
         "evaluate": {"trained"}, "export": {"onnx_file"}, "onnx_file": set(),
         "trained": {"onnx_file"}, "predict": {"trained"}, "demo": {"trained"}, "report": set(),
-        "sweep": {"train", "stacked"},
+        "sweep": {"train", "loop", "stacked"},
     },
     "records": {
         "checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}, "plugin": set(),
