@@ -31,7 +31,11 @@ class TensorBoard:
             file.unlink()
         self._hook = threading.excepthook
         threading.excepthook = self._hear
-        self._writer: Any = SummaryWriter(str(path), purge_step=1 if before else None)
+        try:
+            self._writer: Any = SummaryWriter(str(path), purge_step=1 if before else None)
+        except BaseException:
+            threading.excepthook = self._hook
+            raise
 
     def log(self, row: Row) -> None:
         for name, value in numbers_of(row).items():

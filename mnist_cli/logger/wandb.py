@@ -43,15 +43,20 @@ class Wandb:
             x_save_requirements=False,
         )
         hooks = sys.excepthook, sys.exit  # wandb puts its own there, to see how a program ends
-        self._run: Any = wandb.init(
-            project=folder.path.absolute().parent.name,
-            name=folder.path.absolute().name,
-            id=run_id,
-            dir=str(folder.path),
-            config=params_of(config),
-            settings=settings,
-        )
-        sys.excepthook, sys.exit = hooks
+        try:
+            self._run: Any = wandb.init(
+                project=folder.path.absolute().parent.name,
+                name=folder.path.absolute().name,
+                id=run_id,
+                dir=str(folder.path),
+                config=params_of(config),
+                settings=settings,
+            )
+        except BaseException:
+            wandb.teardown()
+            raise
+        finally:
+            sys.excepthook, sys.exit = hooks
         self.where = str(place / Path(self._run.settings.sync_dir).name)
 
     def log(self, row: Row) -> None:
