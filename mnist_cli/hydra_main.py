@@ -77,7 +77,8 @@ def _show(line: Line, overrides: Sequence[str], console: Console) -> int:
 
 def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
     """A sweep by one of Hydra's sweepers and launchers, wherever they run its jobs."""
-    folder = sweep.folder_of(*_check_jobs(line, overrides))
+    jobs, settings = _check_jobs(line, overrides)
+    folder = sweep.folder_of(jobs, settings)
     own = [word for word in overrides if not word.startswith(("out=", "sweep."))]
     if folder is not None:
         own.append(f"hydra.sweep.dir={quoted(str(folder))}")
@@ -108,7 +109,9 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
         _hydra_main(line, own, task)
     if folder is None:
         return sweep.finish_each(console, here)
-    return sweep.finish(console, folder, here or None)
+    code = sweep.finish(console, folder, here or None)
+    compose.draw_sweep(jobs[0].config, folder, console)
+    return code
 
 
 def _check_jobs(line: Line, overrides: Sequence[str]) -> tuple[list[sweep.Job], SweepConfig | None]:

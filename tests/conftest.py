@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pytest
+
+pytest.register_assert_rewrite("pages")
 
 ROOT = Path(__file__).parent.parent
 REAL_MNIST = Path(os.environ.get("MNIST_CLI_DATA") or ROOT.parent / "shared" / "mnist")
@@ -129,3 +132,16 @@ def trained(mnist_cli: Program, tmp_path_factory: pytest.TempPathFactory) -> Cal
         return folders[words]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"none of {', '.join(names)} is installed")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

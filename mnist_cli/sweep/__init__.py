@@ -40,6 +40,8 @@ from mnist_cli.sweep.job import (
 )
 from mnist_cli.sweep.search import Search, Space
 
+DrawSweep = Callable[[Any, Path, Console], None]  # of the configuration of a job, and the folder
+
 __all__ = [
     "Job",
     "each",
@@ -60,11 +62,13 @@ def run(
     settings: SweepConfig,
     console: Console,
     draw: Callable[[Job, Document, Console], None],
+    draw_sweep: DrawSweep,
 ) -> int:
     """Run every job of a sweep of `train`, whatever happens to the others.
 
     Args:
         draw: called for each job in the end, to draw its report where that is wanted.
+        draw_sweep: called at the very end, to draw that of the sweep where that is wanted.
 
     Returns:
         The exit code: 0, 1 where jobs failed, 130 or 143 where a signal ended it.
@@ -90,7 +94,10 @@ def run(
         for out, (job, _) in labels.items():
             if out in grid.documents:
                 draw(job, grid.documents[out], console)
-    return finish(console, folder, documents, len(labels), stopped_by)
+    code = finish(console, folder, documents, len(labels), stopped_by)
+    if stopped_by is None:
+        draw_sweep(jobs[0].config, folder, console)
+    return code
 
 
 def run_search(
@@ -100,13 +107,14 @@ def run_search(
     settings: SweepConfig,
     console: Console,
     draw: Callable[[Job, Document, Console], None],
+    draw_sweep: DrawSweep,
 ) -> int:
     """Let Optuna choose the jobs, out of `space`; see `search.py`.
 
     Args:
         first: a job like those that will be made.
         make_job: composes and checks the job of the overrides that were chosen.
-        draw: as in `run`.
+        draw, draw_sweep: as in `run`.
 
     Returns:
         The exit code, as `run` does.
@@ -130,7 +138,10 @@ def run_search(
             for document in plan.documents:
                 draw(first, document, console)
         left = max(settings.trials - plan.num_done, 0)
-        return finish(console, folder, plan.documents, left, stopped_by, plan.summary())
+        code = finish(console, folder, plan.documents, left, stopped_by, plan.summary())
+    if stopped_by is None:
+        draw_sweep(first.config, folder, console)
+    return code
 
 
 class Grid:
