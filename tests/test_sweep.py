@@ -221,7 +221,7 @@ def test_the_winners_command_repeats_it(mnist_cli: Program) -> None:
     [
         ("optim.weight_decay=0,0.1", "optim=adagrad", "device=cpu", "profile=true"),
         ("optim=momentum", "optim.momentum=0.5,0.9", "optim.nesterov=true", "grad_clip=null,1"),
-        ("schedule=cosine,step", "schedule.warmup_epochs=0.5", "early_stop.patience=1,null"),
+        ("schedule=cosine,step", "epochs=3", "early_stop.patience=1,null", "compile=false"),
         ("+experiment=mlp_adam", "seed=1,2", "epochs=2", "predictions=true", "monitor=val_loss"),
         ("model=cnn", "model.channels=[2,2],[2,4]", "model.dense=4", "save_every=30s"),
     ],

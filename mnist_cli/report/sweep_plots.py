@@ -108,15 +108,15 @@ def _natural(text: str) -> list[tuple[int, int, str]]:
 
 def effect_of_choices(metric: str, dots: Sequence[Dot], label: str) -> Markup:
     """A strip of scores for each choice, with their median and, of five or more, the quartiles."""
-    dots = _on_scale(dots)
+    low, high = _range(dots)
     names = choices([dot.value for dot in dots])
     figure, axes = drawing(height=74 + 30 * len(names), left=92, right=62, top=20)
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
-    scale(axes, "x", [dot.score for dot in dots], percent=_is_share(metric))
+    scale(axes, "x", [low, high], percent=_is_share(metric))
     for row, name in enumerate(names):
         strip = [dot for dot in dots if leaderboard.cell(dot.value) == name]
-        _strip(axes, row, strip)
+        _strip(axes, row, strip, low, high)
         axes.annotate(
             word(row), (0, row), xycoords=("axes fraction", "data"), xytext=(-8, 0),
             textcoords="offset points", ha="right", va="center", fontsize=9,
@@ -139,58 +139,74 @@ def effect_of_choices(metric: str, dots: Sequence[Dot], label: str) -> Markup:
     return svg(figure, label, [short(name) for name in names])
 
 
-def _strip(axes: Axes, row: int, dots: Sequence[Dot]) -> None:
-    done = sorted(dot.score for dot in dots if dot.is_done)
+def _strip(axes: Axes, row: int, dots: Sequence[Dot], low: float, high: float) -> None:
+    done = [_moved(dot.score, low, high) for dot in dots if dot.is_done]
     if len(done) >= 5:
-        low, _, high = statistics.quantiles(done, n=4, method="inclusive")
-        axes.plot([low, high], [row, row], color=FIRST, linewidth=13, alpha=0.16,
+        first, _, third = statistics.quantiles(done, n=4, method="inclusive")
+        axes.plot([first, third], [row, row], color=FIRST, linewidth=13, alpha=0.16,
                   solid_capstyle="butt")  # fmt: skip
     if done:
         axes.plot([statistics.median(done)] * 2, [row - 0.3, row + 0.3], color=TEXT, linewidth=1.4)
     for place, dot in enumerate(dots):
         spread = 0.0 if len(dots) == 1 else 0.22 * ((place * 0.618034) % 1 - 0.5) * 2
-        _dot(axes, dot.score, row + spread, dot)
+        score = _moved(dot.score, low, high)
+        _dot(axes, score, row + spread, dot, score != dot.score)
 
 
 def effect_of_number(metric: str, dots: Sequence[Dot], label: str) -> Markup:
     """Scores over the values of a key; a line joins the medians of values that come again."""
-    dots = _on_scale([dot for dot in dots if dot.value is not None])
+    dots = [dot for dot in dots if dot.value is not None]
+    low, high = _range(dots)
     figure, axes = drawing(right=20, left=52)
     keys = axis_of_numbers("", [float(dot.value) for dot in dots])  # type: ignore[arg-type]
-    scale(axes, "y", [dot.score for dot in dots], percent=_is_share(metric))
+    scale(axes, "y", [low, high], percent=_is_share(metric))
     columns: dict[float, list[float]] = {}
     for place, dot in zip(keys.places, dots, strict=True):
         if dot.is_done:
-            columns.setdefault(place, []).append(dot.score)
-    if len(columns) > 1 and sum(map(len, columns.values())) >= 2 * len(columns):
+            columns.setdefault(place, []).append(_moved(dot.score, low, high))
+    if len(columns) > 1 and sum(map(len, columns.values())) >= 1.5 * len(columns):
         line = sorted((place, statistics.median(scores)) for place, scores in columns.items())
         axes.plot(*zip(*line, strict=True), color=MUTED, linewidth=1, alpha=0.7)
     for place, dot in zip(keys.places, dots, strict=True):
-        _dot(axes, place, dot.score, dot)
+        score = _moved(dot.score, low, high)
+        _dot(axes, place, score, dot, score != dot.score)
     ticks = sorted(_apart(keys.ticks, 0.12))
     axes.set_xticks([place for place, _ in ticks], [text for _, text in ticks])
     axes.margins(0.05)
     return svg(figure, label)
 
 
-def _dot(axes: Axes, x: float, y: float, dot: Dot) -> None:
+def _dot(axes: Axes, x: float, y: float, dot: Dot, is_moved: bool) -> None:
+    """A cross for what was not completed; hollow where it was moved to the edge."""
     if not dot.is_done:
         axes.plot([x], [y], "x", color=MUTED, markersize=4, markeredgewidth=1, alpha=0.8)
     elif dot.is_winner:
         axes.plot([x], [y], "o", color=SECOND, markersize=7, markeredgecolor=PAPER, zorder=5)
     else:
-        axes.plot([x], [y], "o", color=FIRST, markersize=4.5, alpha=0.6, markeredgewidth=0)
+        axes.plot([x], [y], "o", color=FIRST, markersize=4.5, alpha=0.6,
+                  markeredgewidth=1 if is_moved else 0, fillstyle="none" if is_moved else "full",
+                  )  # fmt: skip
 
 
-def _on_scale(dots: Sequence[Dot]) -> Sequence[Dot]:
-    """`dots` with the scores of those that weren't completed moved into the range of the others.
+def _moved(score: float, low: float, high: float) -> float:
+    return min(max(score, low), high)
 
-    What was given up after an epoch lies so far behind that it would hide what differs.
+
+def _range(dots: Sequence[Dot]) -> tuple[float, float]:
+    """The scores that are drawn where they are, the others being moved to the edge.
+
+    One run that learned nothing, or was given up after an epoch, would hide what differs. The
+    fences are Tukey's outer ones, "Exploratory Data Analysis", 1977.
     """
+    scores = [dot.score for dot in dots]
     done = [dot.score for dot in dots if dot.is_done]
     if len(done) < MIN_FOR_RANGE:
-        return dots
-    return [dot._replace(score=min(max(dot.score, min(done)), max(done))) for dot in dots]
+        return min(scores), max(scores)
+    first, _, third = statistics.quantiles(done, n=4, method="inclusive")
+    reach = 3 * (third - first) or math.inf
+    winner = [dot.score for dot in dots if dot.is_winner]
+    low = min(max(min(scores), first - reach), *winner, third)
+    return low, max(min(max(scores), third + reach), *winner, first)
 
 
 def _is_share(metric: str) -> bool:
@@ -337,7 +353,7 @@ def curves(lines: Sequence[Ending], label: str, *, percent: bool = False) -> Mar
     if len(set(values)) == 1:
         axes.margins(y=0.5)
     elif done:  # what diverged leaves the picture
-        axes.set_ylim(*_with_margins(min(done), max(done), axes.get_yscale() == "log"))
+        axes.set_ylim(*_limits(done, axes.get_yscale() == "log"))
     ends = [
         Line(line.name, SECOND if line.is_winner else FIRST, line.x, line.y)
         for line in lines
@@ -348,11 +364,15 @@ def curves(lines: Sequence[Ending], label: str, *, percent: bool = False) -> Mar
     return svg(figure, label)
 
 
-def _with_margins(low: float, high: float, is_log: bool) -> tuple[float, float]:
-    if is_log:
-        factor = (high / low) ** 0.04
-        return low / factor, high * factor
-    return low - 0.04 * (high - low), high + 0.04 * (high - low)
+def _limits(values: Sequence[float], is_log: bool) -> tuple[float, float]:
+    """Lowest and highest, and a little room; of logarithms without a loss that exploded once."""
+    if not is_log:
+        room = 0.04 * (max(values) - min(values))
+        return min(values) - room, max(values) + room
+    logs = [math.log(value) for value in values]
+    first, _, third = statistics.quantiles(logs, n=4, method="inclusive")
+    low, high = min(logs), min(max(logs), third + 3 * (third - first))
+    return math.exp(low - 0.04 * (high - low)), math.exp(high + 0.04 * (high - low))
 
 
 # --- searches ------------------------------------------------------------------------------------
@@ -367,19 +387,18 @@ def history(
         trials: with their number as value, in this order; one of them is completed at least.
     """
     figure, axes = drawing(width=WIDE, left=52, right=52)
-    dots = _on_scale(trials)
-    scale(axes, "y", [dot.score for dot in dots], percent=_is_share(metric))
+    low, high = _range(trials)
+    scale(axes, "y", [low, high], percent=_is_share(metric))
     best: list[tuple[float, float]] = []
-    for dot in dots:
+    for dot in trials:
+        number, score = float(dot.value), _moved(dot.score, low, high)  # type: ignore[arg-type]
+        _dot(axes, number, score, dot, score != dot.score)
         if dot.is_done:
-            number = float(dot.value)  # type: ignore[arg-type]
-            is_better = not best or (dot.score > best[-1][1]) == is_higher_better
-            best.append((number, dot.score if is_better else best[-1][1]))
+            is_better = not best or (score > best[-1][1]) == is_higher_better
+            best.append((number, score if is_better else best[-1][1]))
     best.append((max(num_trials - 1, best[-1][0]), best[-1][1]))
     line = Line("best", SECOND, *zip(*best, strict=True))
-    axes.plot(line.x, line.y, color=SECOND, drawstyle="steps-post")
-    for dot in dots:
-        _dot(axes, float(dot.value), dot.score, dot)  # type: ignore[arg-type]
+    axes.plot(line.x, line.y, color=SECOND, drawstyle="steps-post", zorder=1.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     name_ends(axes, [line])
     name_x(axes, "trial")
