@@ -38,7 +38,7 @@ from mnist_cli.run import LARGEST_METRIC
 from mnist_cli.sweep import leaderboard
 
 MAX_CHOICES = 16  # of a key that is drawn
-MIN_FOR_RANGE = 3  # completed configurations that set the range of an axis
+MIN_FOR_RANGE = 5  # completed configurations that set the range of an axis
 MAX_CURVE_POINTS = 8000  # of all curves in a drawing
 WIDE = 400  # of a drawing that stands alone, in pixels
 MAX_WIDTH, MAX_GAP = 960, 210  # of parallel coordinates, in pixels, and between two of them
