@@ -93,7 +93,7 @@ def run(line: Line, console: Console, started_s: float) -> int:
         if settings is not None and settings.search == "optuna":
             return _search(line, parsed, settings, console)
         if settings is not None:
-            return sweep.run(jobs, settings, console, draw_typed)
+            return sweep.run(jobs, settings, console, draw_typed, draw_sweep)
         return sweep.each(jobs, console, lambda job, inner: command(job.config, job.typed, inner))
     typed = [override.key_or_group for override in parsed]
     document = command(config, typed, console, started_s)
@@ -122,15 +122,36 @@ def draw_report(config: Any, document: dict[str, Any], console: Console) -> None
     keys = {key.path: key.value for key in conf.read(folder.path / "config.yaml").keys}
     if keys.get("report") is not True or folder.has_report():
         return
-    again = f"type mnist-cli report {shlex.quote(f'run={folder.path}')}"
-    try:
+    with _never_failing("run", folder.path, console):
         from mnist_cli import report
 
         report.draw(folder, console)
+
+
+def draw_sweep(config: Any, folder: Path, console: Console) -> None:
+    """Draw what a sweep left, unless `report=false` is typed. Raises what `draw_report` does.
+
+    Args:
+        config: of any of its jobs.
+    """
+    if not config.report:
+        return
+    with _never_failing("sweep", folder, console):
+        from mnist_cli import report
+
+        report.draw_sweep(folder, console)
+
+
+@contextlib.contextmanager
+def _never_failing(what: str, folder: Path, console: Console) -> Iterator[None]:
+    """Turn what goes wrong with a report into a warning, and a signal into what it interrupts."""
+    again = f"type mnist-cli report {shlex.quote(f'run={folder}')}"
+    try:
+        yield
     except (Interrupted, KeyboardInterrupt) as error:
         number = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
         raise Interrupted(
-            number, f"the run is complete, its report isn't: {folder.path}", again
+            number, f"the {what} is complete, its report isn't: {folder}", again
         ) from None
     except Exception as error:
         console.warn(f"no report was drawn: {one_line(str(error))}; {again}")
@@ -330,7 +351,7 @@ def _search(line: Line, parsed: Sequence[Override], settings: SweepConfig, conso
     for part in space:
         for end in part.ends[1:]:
             make_job(words_of(space, middle | {part.key: end}))
-    return sweep.run_search(space, first, make_job, settings, console, draw_typed)
+    return sweep.run_search(space, first, make_job, settings, console, draw_typed, draw_sweep)
 
 
 def _first_word(override: Override) -> str:

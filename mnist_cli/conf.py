@@ -10,7 +10,7 @@ Standard library only.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ COMMANDS = {
     "export": "Write a deployable file and prove that it answers as the checkpoint does",
     "predict": "Label image files, with probabilities",
     "demo": "Open a page to draw on, and see what a checkpoint answers",
-    "report": "Draw a page about a run, or about two runs beside each other",
+    "report": "Draw a page about a run or a sweep, or about two runs beside each other",
     "list": "Show what can be chosen, one line each",
 }
 
@@ -113,6 +113,20 @@ def default_options(command: str, config_dirs: Sequence[str | Path] = ()) -> dic
     """The option of each group if none is chosen; empty for a command without groups."""
     file = _command_file(command, config_dirs)
     return {group: name for group, name in file.defaults if group in GROUPS} if file else {}
+
+
+def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Value]:
+    """The default of each group and key; the keys of an option are those of the `chosen` one.
+
+    Args:
+        chosen: the option of each group; one that isn't packaged has no defaults here.
+    """
+    found: dict[str, Value] = dict(default_options(command))
+    keys = command_keys(command)
+    for group in GROUPS:
+        option = options(group).get(chosen.get(group, ""))
+        keys += option.keys if option else ()
+    return found | {key.path: key.value for key in keys}
 
 
 def known_keys(command: str, config_dirs: Sequence[str | Path] = ()) -> list[str]:

@@ -49,7 +49,7 @@ EXAMPLES = {
     "report": (
         "mnist-cli report run=outputs/train/RUN",
         "mnist-cli report run=runs/cnn,runs/mlp out=compared",
-        "mnist-cli report run=runs/cnn dataset.root=data --json",
+        "mnist-cli report run=outputs/sweep/SWEEP --json",
     ),
     "list": ("mnist-cli list", "mnist-cli list optim", "mnist-cli list --json"),
 }

@@ -133,7 +133,9 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
         sweep.record_cut_off(jobs, folder, "its process ended before the job was done")
     if stopped_by is not None:
         return sweep.finish(console, folder, here or None, num_jobs, stopped_by)
-    return sweep.finish(console, folder, here or None, gave_up=gave_up)
+    code = sweep.finish(console, folder, here or None, gave_up=gave_up)
+    compose.draw_sweep(jobs[0].config, folder, console)
+    return code
 
 
 def _check_jobs(

@@ -122,6 +122,8 @@ class RunFolder:
         The file may come from anybody: no more than its first 16 MiB are read.
         """
         try:
+            if not self.metrics.is_file():  # opening a pipe would wait for its writer
+                return []
             with open(self.metrics, "rb") as file:
                 text = file.read(MAX_METRICS_BYTES).decode(errors="replace")
             rows = list(csv.DictReader(io.StringIO(text)))

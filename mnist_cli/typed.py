@@ -2,14 +2,15 @@
 
 The same function reads a composed configuration and the configuration inside a checkpoint, so
 neither can hold a key, a type or a value that the other refuses. It knows bool, int, float, str,
-`X | None`, `tuple[X, ...]`, fixed tuples, `Literal`, nested dataclasses, unions of dataclasses told
-apart by their `name`, and `Annotated[..., Range(...)]`. Standard library only.
+`X | None`, `tuple[X, ...]`, fixed tuples, `dict[str, X]`, `Literal`, nested dataclasses, unions of
+dataclasses told apart by their `name`, and `Annotated[..., Range(...)]`. Standard library only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 from collections.abc import Mapping
@@ -63,6 +64,21 @@ def parse(cls: type[T], data: object, wider: Mapping[str, Any] | None = None) ->
     return value
 
 
+def known(kind: Any, data: Any) -> Any:
+    """`data` without the keys that `kind` has no field for: a newer version may write more."""
+    if dataclasses.is_dataclass(kind) and isinstance(data, dict):
+        hints = _hints(kind)  # type: ignore[arg-type]
+        return {name: known(hint, data[name]) for name, hint in hints.items() if name in data}
+    if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis and isinstance(data, list):
+        return [known(get_args(kind)[0], item) for item in data]
+    return data
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
 def _value(kind: Any, data: Any, path: str) -> Any:
     if get_origin(kind) is Annotated:
         inner, *notes = get_args(kind)
@@ -84,6 +100,8 @@ def _value(kind: Any, data: Any, path: str) -> Any:
         return data
     if get_origin(kind) is tuple:
         return _tuple(get_args(kind), data, path)
+    if get_origin(kind) is dict:
+        return _mapping(get_args(kind)[1], data, path)
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, data, path)
     return _plain(kind, data, path)
@@ -117,6 +135,12 @@ def _tuple(kinds: tuple[Any, ...], data: Any, path: str) -> tuple[Any, ...]:
     return tuple(_value(kind, item, path) for kind, item in zip(kinds, data, strict=True))
 
 
+def _mapping(kind: Any, data: Any, path: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}={_typed(data)} has the wrong type", f"{path} has keys and values")
+    return {key: _value(kind, item, f"{path}.{key}") for key, item in data.items()}
+
+
 def _union(kinds: tuple[Any, ...], data: Any, path: str) -> Any:
     if type(None) in kinds:
         if data is None:
@@ -146,7 +170,7 @@ def option_names(kind: Any) -> tuple[str, ...]:
 
 
 def _dataclass(kind: Any, data: Any, path: str, wider: Mapping[str, Any] | None = None) -> Any:
-    hints = get_type_hints(kind, include_extras=True) | dict(wider or {})
+    hints = _hints(kind) | dict(wider or {})
     dot = f"{path}." if path else ""
     if not isinstance(data, dict):
         raise UsageError(

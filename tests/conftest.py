@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import pytest
 
+pytest.register_assert_rewrite("pages")
+
 ROOT = Path(__file__).parent.parent
 REAL_MNIST = Path(os.environ.get("MNIST_CLI_DATA") or ROOT.parent / "shared" / "mnist")
 TORTURE = os.environ.get("MNIST_CLI_TORTURE") == "1"

@@ -158,8 +158,8 @@ LAYERS: dict[str, dict[str, set[str]]] = {
     "commands": {
         "train": {"loop", "logger"}, "loop": set(), "stacked": {"loop"}, "logger": {"export"},
         "evaluate": {"trained"}, "export": {"onnx_file"}, "onnx_file": set(),
-        "trained": {"onnx_file"}, "predict": {"trained"}, "demo": {"trained"}, "report": set(),
-        "sweep": {"train", "loop", "stacked"},
+        "trained": {"onnx_file"}, "predict": {"trained"}, "demo": {"trained"},
+        "sweep": {"train", "loop", "stacked"}, "report": {"sweep"},
     },
     "records": {
         "checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}, "plugin": set(),

@@ -36,7 +36,9 @@ pytest_plugins = ["faults"]
 pytestmark = pytest.mark.usefixtures("empty_cwd")
 
 # 22 steps an epoch; a job takes a tenth of a second.
-TINY = ("dataset=digits", "model=mlp", "model.hidden=[16]", "batch_size=64", "epochs=2")
+TINY = (
+    "dataset=digits", "model=mlp", "model.hidden=[16]", "batch_size=64", "epochs=2", "report=false",
+)  # fmt: skip
 ALONE = "sweep.fused=false"  # to the last bit, and one after the other
 TWELVE = (
     "train", "-m", *TINY, "optim=adam,sgd", "optim.lr=0.1,0.01", "seed=0,1,2", ALONE, "--quiet",
@@ -119,7 +121,7 @@ def test_seeds_are_folded_into_mean_deviation_and_number(tmp_path: Path) -> None
     (row,) = leaderboard.build(tmp_path)["rows"]
     assert (row["n"], row["seeds"], row["config"]) == (3, [0, 1, 2], {})
     assert row["mean"] == pytest.approx(0.8) and row["std"] == pytest.approx(0.1)
-    assert row["command"].startswith("mnist-cli train -m model=mlp optim.lr=0.1 seed=0,1,2 ")
+    assert row["command"] == "mnist-cli train -m model=mlp optim.lr=0.1 seed=0,1,2"
 
 
 def test_only_what_differs_is_a_column(tmp_path: Path) -> None:
@@ -201,6 +203,10 @@ def test_the_winners_command_repeats_it(mnist_cli: Program) -> None:
     board = board_of(Path("a"))
     assert document["leaderboard"] == board["rows"] and document["winner"] == board["winner"]
     winner = board["winner"]
+    assert winner["command"] == (
+        "mnist-cli train -m model=mlp 'model.hidden=[16]' optim.lr=0.1 dataset=digits seed=0,1"
+        " epochs=2"
+    )
     values = [job["best"]["value"] for job in document["jobs"][:2]]
     assert winner["config"] == {"optim.lr": 0.1}
     assert winner["mean"] == pytest.approx(sum(values) / 2)
@@ -211,6 +217,44 @@ def test_the_winners_command_repeats_it(mnist_cli: Program) -> None:
     (row,) = board_of(Path("b"))["rows"]
     for key in ("mean", "std", "test_mean", "test_std", "seeds"):
         assert row[key] == winner[key]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("optim.weight_decay=0,0.1", "optim=adagrad", "device=cpu", "profile=true"),
+        ("optim=momentum", "optim.momentum=0.5,0.9", "optim.nesterov=true", "grad_clip=null,1"),
+        ("schedule=cosine,step", "epochs=3", "early_stop.patience=1,null", "compile=false"),
+        ("+experiment=mlp_adam", "seed=1,2", "epochs=2", "predictions=true", "monitor=val_loss"),
+        ("model=cnn", "model.channels=[2,2],[2,4]", "model.dense=4", "save_every=30s"),
+    ],
+)
+def test_every_command_repeats_its_row(mnist_cli: Program, words: tuple[str, ...]) -> None:
+    words = ("dataset=digits", "epochs=1", *words)
+    assert mnist_cli("train", "-m", *words, "out=a", "report=false", "--quiet").code == 0
+    for row in board_of(Path("a"))["rows"]:
+        _, *again = shlex.split(row["command"])
+        for key, value in row["config"].items():
+            assert any(word.startswith(f"{key}=") for word in again), (key, value)
+        for key in ("report", "profile", "predictions", "save_every", "plugin", "loss", "compile"):
+            assert not any(word.startswith(f"{key}=") for word in again)
+        shown = mnist_cli(*again, "out=b", "report=false", "--json")
+        document = json.loads(shown.stdout)
+        jobs = document.get("jobs", [document])
+        before = [json.loads((Path("a") / j / "result.json").read_text()) for j in row["jobs"]]
+        assert {job["config_hash"] for job in jobs} == {job["config_hash"] for job in before}
+        assert {job["val"]["loss"] for job in jobs} == {job["val"]["loss"] for job in before}
+        shutil.rmtree("b")
+
+
+def test_numbers_that_are_none_are_no_numbers(tmp_path: Path) -> None:
+    """Of a folder from anybody: JSON knows NaN, nested lists, and integers without an end."""
+    for name, value in {"a": "NaN", "b": "1e999", "c": "9" * 400, "d": "[[1]]", "e": "{}"}.items():
+        leave(tmp_path, name, f"optim.lr={value}", 0.5)
+    os.mkfifo(tmp_path / "e" / "waits")
+    board = leaderboard.build(tmp_path)
+    leaderboard.write(tmp_path, board)
+    assert all(isinstance(row["config"]["optim.lr"], str) for row in board["rows"])
 
 
 def test_a_sweep_says_what_happens(mnist_cli: Program) -> None:

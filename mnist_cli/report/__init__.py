@@ -1,40 +1,57 @@
-"""The command `report`: a page about a run, or about two beside each other.
+"""The command `report`: a page about a run or a sweep, or about two runs beside each other.
 
-    record     what a run left, read and checked
-    run_page   one run
-    compare    two runs on the same test samples
-    plots      curves and diagrams as SVG
-    pictures   images and weights as PNG
-    page       templates into one file that loads nothing
+    record        what a run left, read and checked
+    run_page      one run
+    compare       two runs on the same test samples
+    plots         their curves and diagrams
+    pictures      images and weights as PNG
+    sweep_record  what a sweep left, read and checked
+    sweep_page    a sweep
+    sweep_plots   its diagrams
+    canvas        drawings as SVG
+    page          templates into one file that loads nothing
 
-A page is drawn from the run folder alone, by training's last act as by the command.
+A page is drawn from the folder alone, by the last act of training as by the command. A sweep's
+needs no torch, which the process of a sweep may not have loaded.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from mnist_cli import durable
 from mnist_cli.config import ReportConfig
 from mnist_cli.console import Console
-from mnist_cli.report import compare, record, run_page
 from mnist_cli.run import RunFolder, unique_folder
 
 COMPARISONS = "outputs/report"
+
+# While it is imported, it tells of its folders and fonts.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def run(config: ReportConfig, console: Console) -> dict[str, Any]:
     """The command `report`.
 
     Returns:
-        `path` and `bytes` of the page and the `runs` it shows; of two classifiers also `mcnemar`.
+        `path` and `bytes` of the page and the `runs` it shows; of a sweep also `sweep_dir`, of two
+        classifiers `mcnemar`.
 
     Raises:
-        CheckpointError: a run folder, or what lies in it, can't be used.
+        CheckpointError: a folder, or what lies in it, can't be used.
         UsageError: two runs on different data can't be compared.
         ResourceError: the page can't be written.
     """
+    from mnist_cli.report import sweep_record
+
+    first = Path(os.path.expanduser(config.run[0]))
+    if len(config.run) == 1 and sweep_record.is_sweep(first):
+        return _of_sweep(first, config, console)
+    from mnist_cli.report import compare, record, run_page
+
     loaded = [record.load(name, config.dataset.root, console) for name in config.run]
     for each in loaded:
         if each.missing:
@@ -50,17 +67,46 @@ def run(config: ReportConfig, console: Console) -> dict[str, Any]:
         document |= {"mcnemar": comparison.mcnemar}
         if comparison.verdict:
             console.say(comparison.verdict)
-    data = html.encode()
-    with durable.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    durable.write(path, data)
-    console.say(f"wrote    {path} ({len(data):,} bytes)")
-    return {"path": str(path), "bytes": len(data)} | document
+    return _write(path, html, console) | document
 
 
 def draw(folder: RunFolder, console: Console) -> None:
     """The page of a run that has just ended, into its folder. Raises what `run` raises."""
+    from mnist_cli.report import record, run_page
+
     with folder.log(console):
         html = run_page.render(record.load(str(folder.path), None, console))
         durable.write(folder.report, html.encode())
         console.detail(f"report   {folder.report}")
+
+
+def draw_sweep(folder: Path, console: Console) -> None:
+    """The page of a sweep that has just ended, into its folder. Raises what `run` raises."""
+    from mnist_cli.report import sweep_page, sweep_record
+
+    path = folder / "report.html"
+    durable.write(path, _encoded(sweep_page.render(sweep_record.load(folder))))
+    console.detail(f"report   {path}")
+
+
+def _of_sweep(folder: Path, config: ReportConfig, console: Console) -> dict[str, Any]:
+    from mnist_cli.report import sweep_page, sweep_record
+
+    record = sweep_record.load(folder)
+    path = (folder if config.out is None else Path(config.out)) / "report.html"
+    runs = [str(folder / job) for row in record.rows for job in row.jobs]
+    document = {"sweep_dir": str(folder), "runs": runs}
+    return _write(path, sweep_page.render(record), console) | document
+
+
+def _write(path: Path, html: str, console: Console) -> dict[str, Any]:
+    data = _encoded(html)
+    with durable.writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    durable.write(path, data)
+    console.say(f"wrote    {path} ({len(data):,} bytes)")
+    return {"path": str(path), "bytes": len(data)}
+
+
+def _encoded(html: str) -> bytes:
+    return html.encode("utf-8", "backslashreplace")  # the name of a folder can be any bytes

@@ -12,8 +12,8 @@ from torch import Tensor
 from mnist_cli import metrics
 from mnist_cli.config import FREE_KEYS
 from mnist_cli.errors import UsageError
-from mnist_cli.report import page, plots
-from mnist_cli.report.plots import Line
+from mnist_cli.report import page, pictures, plots
+from mnist_cli.report.canvas import FIRST, SECOND, Line
 from mnist_cli.report.record import ClassScores, NumberScores, Record
 
 ALPHA = 0.05
@@ -92,7 +92,7 @@ def _verdict(counts: dict[str, int], p_value: float) -> str:
 def _intervals(a: Record, b: Record) -> Markup | None:
     rows = [
         (name, ink, scores.accuracy_ci95[0], scores.accuracy, scores.accuracy_ci95[1])
-        for name, ink, scores in (("A", plots.FIRST, a.test), ("B", plots.SECOND, b.test))
+        for name, ink, scores in (("A", FIRST, a.test), ("B", SECOND, b.test))
         if isinstance(scores, ClassScores)
     ]
     told = "; ".join(f"{row[0]} {row[3]:.2%}, from {row[2]:.2%} to {row[4]:.2%}" for row in rows)
@@ -131,7 +131,7 @@ def _curves(a: Record, b: Record) -> dict[str, Markup]:
     for column, name in columns:
         lines = [
             Line(who, ink, *_column(record, column))
-            for who, ink, record in (("A", plots.FIRST, a), ("B", plots.SECOND, b))
+            for who, ink, record in (("A", FIRST, a), ("B", SECOND, b))
         ]
         told = " ".join(f"{line.name}: {line.y[-1]:.4g} at the end." for line in lines if line.x)
         if told:
@@ -179,10 +179,10 @@ def _disagreements(a: Record, b: Record) -> list[tuple[str, int, dict[str, Any]]
 def _group(a: Record, b: Record, which: Tensor, by: Tensor) -> dict[str, Any]:
     assert a.split is not None and a.outputs is not None and b.outputs is not None
     rows = which.nonzero().flatten()
-    shown = rows[by[rows].argsort(descending=True, stable=True)][: page.MAX_TILES // 2]
+    shown = rows[by[rows].argsort(descending=True, stable=True)][: pictures.MAX_TILES // 2]
     columns = [[a.spec.classes[truth] for truth in a.split.targets[shown].tolist()]]
     for outputs in (a.outputs, b.outputs):
         said, sure = metrics.surest(outputs[shown]) if len(shown) else (shown, shown)
         columns.append([a.spec.classes[answer] for answer in said.tolist()])
         columns.append([page.percent(share) for share in sure.tolist()])
-    return page.tiles(a.split, shown, *columns, hidden=len(rows) - len(shown))
+    return pictures.tiles(a.split, shown, *columns, hidden=len(rows) - len(shown))

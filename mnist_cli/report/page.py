@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 
 from mnist_cli import __version__, conf
 from mnist_cli.config import TrainConfig, flatten, to_plain
-from mnist_cli.dataset import Split
-from mnist_cli.report import pictures
+from mnist_cli.sweep import leaderboard
 
 _PLACES = ("out", "resume", "resume_allow")  # where a run was made, not what it is
-MAX_TILES = 24
 
 
 def render(template: str, **values: Any) -> str:
@@ -38,6 +35,7 @@ def _environment() -> jinja2.Environment:
         "count": lambda value: f"{value:,}",
         "seconds": seconds,
         "plain": plain,
+        "value": lambda value, metric: leaderboard.number(metric, value),
     }
     return environment
 
@@ -78,16 +76,4 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 def defaults(config: TrainConfig) -> dict[str, Any]:
     """The defaults of the same keys, those of an option being the option's own."""
-    found: dict[str, Any] = dict(conf.default_options("train"))
-    keys = conf.command_keys("train")
-    for group in conf.GROUPS:
-        option = conf.options(group).get(getattr(config, group).name)
-        keys += option.keys if option else ()
-    return found | {key.path: key.value for key in keys}
-
-
-def tiles(split: Split, rows: torch.Tensor, *texts: list[str], hidden: int = 0) -> dict[str, Any]:
-    """Images of `split` at `rows`, each with its texts; and how many more there are."""
-    images = [pictures.of_image(split.inputs[row]) for row in rows[:MAX_TILES].tolist()]
-    captions = list(zip(*texts, strict=True))
-    return {"tiles": list(zip(images, rows.tolist(), captions, strict=False)), "hidden": hidden}
+    return conf.defaults("train", {group: getattr(config, group).name for group in conf.GROUPS})

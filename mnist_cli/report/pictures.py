@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from mnist_cli.dataset import Split
+
 POSITIVE = (38, 120, 190)
 NEGATIVE = (213, 94, 0)
+MAX_TILES = 24
+
+
+def tiles(split: Split, rows: Tensor, *texts: list[str], hidden: int = 0) -> dict[str, Any]:
+    """Images of `split` at `rows`, each with its texts; and how many more there are."""
+    images = [of_image(split.inputs[row]) for row in rows[:MAX_TILES].tolist()]
+    captions = list(zip(*texts, strict=True))
+    return {"tiles": list(zip(images, rows.tolist(), captions, strict=False)), "hidden": hidden}
 
 
 def of_image(image: Tensor) -> str:

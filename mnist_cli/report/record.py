@@ -6,11 +6,10 @@ result.json and metrics.csv are read as numbers and short texts, or not at all.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, DatasetSpec, Split
 from mnist_cli.errors import CheckpointError, MnistCliError, UsageError, one_line
 from mnist_cli.run import RunFolder
-from mnist_cli.typed import Range, parse
+from mnist_cli.typed import Range, known, parse
 
 MAX_RESULT_BYTES = 16 * 2**20
 
@@ -196,7 +195,7 @@ def _read_result(
         if len(data) > MAX_RESULT_BYTES:
             raise ValueError(f"it is larger than {MAX_RESULT_BYTES} bytes")
         found = strict_json.parse(data)
-        result = parse(Result, _known(Result, found))
+        result = parse(Result, known(Result, found))
         return result, _scores(found.get("val"), spec), _scores(found.get("test"), spec)
     except (OSError, ValueError, UsageError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -206,21 +205,13 @@ def _read_result(
         ) from error
 
 
-def _known(kind: Any, data: Any) -> Any:
-    """`data` without what `kind` has no field for: a newer version may write more."""
-    if not dataclasses.is_dataclass(kind) or not isinstance(data, dict):
-        return data
-    hints = get_type_hints(kind)
-    return {name: _known(hint, data[name]) for name, hint in hints.items() if name in data}
-
-
 def _scores(block: object, spec: DatasetSpec) -> Scores | None:
     """A block `val` or `test`. Raises ValueError or UsageError."""
     if block is None:
         return None
     if spec.task == "regression":
-        return parse(NumberScores, _known(NumberScores, block))
-    scores = parse(ClassScores, _known(ClassScores, block))
+        return parse(NumberScores, known(NumberScores, block))
+    scores = parse(ClassScores, known(ClassScores, block))
     k = len(spec.classes)
     if {k} != {len(scores.per_class), len(scores.confusion), *map(len, scores.confusion)}:
         raise ValueError(f"its scores aren't of {k} classes")

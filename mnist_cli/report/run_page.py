@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mnist_cli import metrics
 from mnist_cli.report import page, pictures, plots
-from mnist_cli.report.plots import Line
+from mnist_cli.report.canvas import FIRST, MUTED, Line
 from mnist_cli.report.record import ClassScores, Record
 from mnist_cli.run import command_of
 
@@ -48,20 +48,20 @@ def _curves(record: Record, selected: int | None) -> dict[str, Markup]:
     if any(line.x for line in loss):
         label = f"Loss over {len(record.epochs)} epochs. {_told(loss)}"
         drawn["Loss"] = plots.curves(loss, label, mark=mark)
-    scores = _line_of(record, metric, "validation", plots.FIRST)
+    scores = _line_of(record, metric, "validation", FIRST)
     if scores.x:
         name = "Accuracy" if metric == "val_accuracy" else "Mean squared error"
         label = f"{name} on the validation split. {_told([scores])}"
         drawn[name] = plots.curves([scores], label, mark=mark, percent=name == "Accuracy")
-    rates = _line_of(record, "lr", "learning rate", plots.MUTED)
+    rates = _line_of(record, "lr", "learning rate", MUTED)
     if rates.x:
         drawn["Learning rate"] = plots.rates(rates.x, rates.y, f"{_told([rates])}")
     return drawn
 
 
 _LOSSES = (
-    ("train_loss", "training", plots.MUTED),
-    ("val_loss", "validation", plots.FIRST),
+    ("train_loss", "training", MUTED),
+    ("val_loss", "validation", FIRST),
 )
 
 
@@ -136,9 +136,9 @@ def _mistakes(record: Record) -> dict[str, Any] | None:
         return None
     answers, confidences = metrics.surest(record.outputs)
     order = metrics.mistakes(record.outputs, record.split.targets)
-    shown = order[: page.MAX_TILES]
+    shown = order[: pictures.MAX_TILES]
     classes = record.spec.classes
-    return page.tiles(
+    return pictures.tiles(
         record.split,
         shown,
         [classes[truth] for truth in record.split.targets[shown].tolist()],

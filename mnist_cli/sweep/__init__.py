@@ -47,6 +47,8 @@ from mnist_cli.sweep.job import (
 )
 from mnist_cli.sweep.search import Search, Space
 
+DrawSweep = Callable[[Any, Path, Console], None]  # of the configuration of a job, and the folder
+
 __all__ = [
     "Job",
     "difference",
@@ -68,11 +70,13 @@ def run(
     settings: SweepConfig,
     console: Console,
     draw: Callable[[Job, Document, Console], None],
+    draw_sweep: DrawSweep,
 ) -> int:
     """Run every job of a sweep of `train`, whatever happens to the others.
 
     Args:
         draw: called for each job in the end, to draw its report where that is wanted.
+        draw_sweep: called at the very end, to draw that of the sweep where that is wanted.
 
     Returns:
         The exit code: 0, 1 where jobs failed, 130 or 143 where a signal ended it.
@@ -102,7 +106,10 @@ def run(
         for out, (job, _) in labels.items():
             if out in grid.documents:
                 draw(job, grid.documents[out], console)
-    return finish(console, folder, documents, len(labels), stopped_by)
+    code = finish(console, folder, documents, len(labels), stopped_by)
+    if stopped_by is None:
+        draw_sweep(jobs[0].config, folder, console)
+    return code
 
 
 def run_search(
@@ -112,13 +119,14 @@ def run_search(
     settings: SweepConfig,
     console: Console,
     draw: Callable[[Job, Document, Console], None],
+    draw_sweep: DrawSweep,
 ) -> int:
     """Let Optuna choose the jobs, out of `space`; see `search.py`.
 
     Args:
         first: a job like those that will be made.
         make_job: composes and checks the job of the overrides that were chosen.
-        draw: as in `run`.
+        draw, draw_sweep: as in `run`.
 
     Returns:
         The exit code, as `run` does.
@@ -143,7 +151,10 @@ def run_search(
                 draw(first, document, console)
         with shared.door():  # the last of several that end writes what all have left
             documents, summary = plan.documents, plan.summary()
-            return finish(console, folder, documents, plan.num_own, stopped_by, summary)
+            code = finish(console, folder, documents, plan.num_own, stopped_by, summary)
+            if stopped_by is None:
+                draw_sweep(first.config, folder, console)
+            return code
 
 
 class Grid:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
@@ -21,17 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_cli import durable
+from mnist_cli import conf, durable
 from mnist_cli.config import FREE_KEYS
 from mnist_cli.console import Console
 from mnist_cli.errors import one_line
-from mnist_cli.run import RunFolder
+from mnist_cli.run import LARGEST_METRIC, RunFolder
 
 SCHEMA = 1
 NAME = "leaderboard"
+JSON = f"{NAME}.json"
 MAX_BYTES = 16 * 2**20  # of a file in a run folder
 MAX_SHOWN = 10  # failed jobs below the table
 LOCATION_KEYS = {"seed", *FREE_KEYS} - {"device"}  # no two configurations differ by these alone
+NEEDED_KEYS = {
+    "device",
+    "dataset.root",
+    "dataset.mirror",
+    "plugin",
+}  # to repeat a run, of FREE_KEYS
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def is_higher_better(metric: str) -> bool:
 def write(folder: Path, board: dict[str, Any]) -> None:
     """The three files. Raises ResourceError where the disk takes none."""
     text = json.dumps(board, indent=2, allow_nan=False) + "\n"
-    durable.write(folder / f"{NAME}.json", text.encode())
+    durable.write(folder / JSON, text.encode())
     durable.write(folder / f"{NAME}.csv", _csv(board).encode())
     durable.write(folder / f"{NAME}.md", _markdown(board).encode())
 
@@ -141,6 +147,8 @@ def show(board: dict[str, Any], console: Console) -> None:
 
 
 def _text(path: Path) -> str:
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise FileNotFoundError(path)
     with open(path, encoding="utf-8", errors="replace") as file:
         return file.read(MAX_BYTES)
 
@@ -182,7 +190,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    return float(value) if is_number and abs(value) <= LARGEST_METRIC else None  # NaN is not
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -237,7 +245,7 @@ def _row(
             {"job": e.name, "state": e.state, "error": failures.get(e.name, e.error)}
             for e in failed
         ],
-        "command": _command(folder, first, sorted(seed for seed in done if seed is not None)),
+        "command": _command(first, columns, sorted(seed for seed in done if seed is not None)),
     }
 
 
@@ -247,26 +255,46 @@ def _mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
     return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
-def _command(folder: Path, entry: Entry, seeds: Sequence[int]) -> str | None:
-    """What repeats the row: the command of the one run, or a sweep over its seeds."""
+def _command(entry: Entry, columns: Sequence[str], seeds: Sequence[int]) -> str | None:
+    """What repeats the row: its run, or a sweep over its seeds.
+
+    It names what the sweep varied and what differs from the defaults, of the keys that matter.
+    """
     if not entry.config:
         return None
-    words = shlex.split(_text(folder / entry.name / "overrides.txt"))
-    if len(seeds) > 1:
-        listed = ",".join(map(str, seeds))
-        words = [f"seed={listed}" if word.startswith("seed=") else word for word in words]
-        words.insert(2, "-m")
+    standard = conf.defaults("train", entry.config)
+    words = ["mnist-cli", "train", *(["-m"] if len(seeds) > 1 else [])]
+    for key, value in entry.config.items():
+        if key == "seed" and len(seeds) > 1:
+            words.append(f"seed={','.join(map(str, seeds))}")
+        elif key in columns or (
+            key not in set(FREE_KEYS) - NEEDED_KEYS
+            and (key not in standard or not _is_same(_plain(value), standard[key]))
+        ):
+            words.append(f"{key}={value}")
     return one_line(shlex.join(words), 4000)
 
 
+def _is_same(value: Any, standard: Any) -> bool:
+    """Whether these are one setting: 0 and 0.0 are, 1 and true are not."""
+    return bool(value == standard) and isinstance(value, bool) == isinstance(standard, bool)
+
+
 def _plain(text: str | None) -> Any:
-    """The value of an override: a number, a list, a truth value or null where it is one."""
+    """The value of an override: a number, a flat list, a truth value or null where it is one."""
     if text is None:
         return None
     try:
-        return json.loads(text)
-    except ValueError:
-        return one_line(text[1:-1] if text[:1] == text[-1:] == "'" else text)
+        value = json.loads(text)
+        if all(map(_is_leaf, value if isinstance(value, list) else [value])):
+            return value
+    except (ValueError, RecursionError):
+        pass
+    return one_line(text[1:-1] if text[:1] == text[-1:] == "'" else text)
+
+
+def _is_leaf(value: Any) -> bool:
+    return value is None or isinstance(value, bool) or _number(value) is not None
 
 
 def _what_ranks(metric: str | None, rows: Sequence[dict[str, Any]], rest: set[str]) -> str:
@@ -289,10 +317,10 @@ def _cells(board: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             str(row["rank"] or "-"),
-            *(_cell(value) for value in row["config"].values()),
+            *(cell(value) for value in row["config"].values()),
             str(row["n"]) if row["n"] else row["state"],
-            _spread(row["metric"] or metric, row["mean"], row["std"], row["best_so_far"]),
-            _spread(test, row["test_mean"], row["test_std"]),
+            spread(row["metric"] or metric, row["mean"], row["std"], row["best_so_far"]),
+            spread(test, row["test_mean"], row["test_std"]),
             "-" if row["train_s"] is None else f"{row['train_s']:.1f}",
         ]
         for row in board["rows"]
@@ -300,29 +328,33 @@ def _cells(board: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return headers, rows
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value of a configuration as one types it."""
     return value if isinstance(value, str) else "-" if value is None else json.dumps(value)
 
 
-def _spread(metric: str, mean: float | None, std: float | None, so_far: float | None = None) -> str:
+def spread(metric: str, mean: float | None, std: float | None, so_far: float | None = None) -> str:
+    """Mean and deviation as people read them; the best so far where there is no mean."""
     if mean is None:
         return "-" if so_far is None else f"({number(metric, so_far)})"
     return number(metric, mean) + ("" if std is None else f" ± {number(metric, std)}")
 
 
 def number(metric: str | None, value: float) -> str:
-    """A value of `metric` as people read it."""
+    """A value of `metric` as people read it; with an exponent where four digits would hide it."""
     if metric == "num_params":
         return f"{value:,.0f}"
-    return f"{value:.2%}" if metric is not None and "accuracy" in metric else f"{value:.4f}"
+    if metric is not None and "accuracy" in metric:
+        return f"{value:.2%}"
+    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e6 else f"{value:.2e}"
 
 
 def _sentence(row: dict[str, Any]) -> str:
-    what = " ".join(f"{key}={_cell(value)}" for key, value in row["config"].items())
-    value = _spread(row["metric"], row["mean"], row["std"])
+    what = " ".join(f"{key}={cell(value)}" for key, value in row["config"].items())
+    value = spread(row["metric"], row["mean"], row["std"])
     text = f"{what or 'as it stands'}: {row['metric']} {value}"
     if row["test_mean"] is not None:
-        test = _spread(row["test_metric"], row["test_mean"], row["test_std"])
+        test = spread(row["test_metric"], row["test_mean"], row["test_std"])
         text += f", test {row['test_metric']} {test}"
     return text + (f" ({row['n']} seeds)" if row["n"] > 1 else "")
 
@@ -339,7 +371,7 @@ def _csv(board: dict[str, Any]) -> str:
         errors = [job["error"] for job in row["failed"] if job["error"]]
         writer.writerow(
             [
-                *(_cell(value) for value in row["config"].values()),
+                *(cell(value) for value in row["config"].values()),
                 *("" if row[key] is None else row[key] for key in keys),
                 len(row["failed"]),
                 errors[0] if errors else "",

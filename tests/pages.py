@@ -1,0 +1,43 @@
+"""Pages as a browser understands them; used by the tests of reports."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+import html5lib
+
+EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7*7 }}$x^2$@1@'
+
+
+def parsed(path: Path) -> Element:
+    """The page as a browser understands it; raises where it isn't sound HTML."""
+    parser = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # html5lib's own, of the names of SVG's attributes
+        found: Element = parser.parse(path.read_text())
+    return found
+
+
+def text_of(path: Path) -> str:
+    return " ".join(" ".join(parsed(path).itertext()).split())
+
+
+def assert_loads_nothing(path: Path) -> None:
+    tree = parsed(path)
+    names = {element.tag for element in tree.iter() if isinstance(element.tag, str)}
+    assert not names & {"script", "link", "iframe", "object", "embed", "form", "base", "a"}
+    for element in tree.iter():
+        for name, value in element.attrib.items():
+            assert not str(name).startswith("on")
+            if str(name).endswith(("src", "href")):
+                assert value.startswith(("data:image/png;base64,", "#")), value
+            assert "url(" not in value.replace("url(#", "")
+    (policy,) = [e for e in tree.iter("meta") if e.get("http-equiv")]
+    assert policy.get("content", "").startswith("default-src 'none';")
+    assert "script-src" not in policy.get("content", "")
+    ids = [element.get("id") for element in tree.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    for image in [*tree.iter("img"), *tree.iter("{http://www.w3.org/2000/svg}svg")]:
+        assert image.get("alt") or image.get("aria-label")
