@@ -158,7 +158,7 @@ LAYERS: dict[str, dict[str, set[str]]] = {
     "commands": {
         "train": {"loop"}, "loop": set(), "evaluate": {"trained"}, "export": {"onnx_file"},
         "onnx_file": set(), "trained": {"onnx_file"}, "predict": {"trained"},
-        "report": set(), "sweep": {"train", "stacked"},
+        "report": set(), "sweep": {"train", "loop", "stacked"},
         "stacked": {"loop"},
     },
     "records": {
