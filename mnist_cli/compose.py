@@ -8,6 +8,7 @@ speaks of Hydra itself (`--cfg`, `--info`, a launcher, a sweeper, a `hydra.` key
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import shlex
 import signal
@@ -18,7 +19,13 @@ from typing import Any
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
+from hydra.core.override_parser.types import (
+    IntervalSweep,
+    Override,
+    OverrideType,
+    RangeSweep,
+    Sweep,
+)
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_cli import conf, logger, plugin
@@ -205,6 +212,35 @@ def _compose(line: Line, overrides: Sequence[str]) -> DictConfig:
     return hydra.compose(line.command, [*overrides, *searched(line.config_dirs)])
 
 
+def _compose_each(line: Line, jobs: Sequence[Sequence[str]]) -> Iterator[DictConfig]:
+    """As `_compose` of each, which takes a tenth of a second: jobs that only set the same keys to
+    other values take the configuration of the first and set theirs, as Hydra does in the end.
+    """
+    parser, alike = OverridesParser.create(), dict[tuple[str | None, ...], DictConfig]()
+    for words in jobs:
+        parsed = parser.parse_overrides(list(words))
+        values = [override for override in parsed if _sets_value(line, override)]
+        shape = tuple(
+            override.key_or_group if override in values else override.input_line
+            for override in parsed
+        )
+        if shape not in alike:
+            alike[shape] = _compose(line, words)
+        config = copy.deepcopy(alike[shape])
+        for override in values:
+            OmegaConf.update(config, override.key_or_group, override.value())
+        yield config
+
+
+def _sets_value(line: Line, override: Override) -> bool:
+    """Whether `override` surely does no more: a foreign folder may hold groups of any name, and a
+    dict is merged into what is there.
+    """
+    is_key = override.package is None and override.key_or_group not in conf.GROUPS
+    is_value = override.type is OverrideType.CHANGE and not isinstance(override.value(), dict)
+    return is_key and is_value and not line.config_dirs
+
+
 def searched(folders: Sequence[str]) -> list[str]:
     """The override that makes Hydra search `folders`, if there are any."""
     search = [quoted(f"file://{Path(folder).absolute()}") for folder in folders]
@@ -289,7 +325,8 @@ def sweep_jobs(line: Line, parsed: Sequence[Override]) -> list[Job]:
             )
     combinations = BasicSweeper.split_arguments(swept, None)[0]
     distinct = dict.fromkeys(tuple(words) for words in combinations)
-    jobs = [Job(words, checked(line, _compose(line, words))) for words in distinct]
+    composed = _compose_each(line, list(distinct))
+    jobs = [Job(words, checked(line, one)) for words, one in zip(distinct, composed, strict=True)]
     if not jobs:
         raise UsageError("the sweep has no jobs: a key has no values", "type key=a,b with -m")
     return jobs

@@ -225,11 +225,11 @@ def _laid_out(pixels: Pixels, layout: Layout) -> Pixels:
     scaled = np.asarray(
         Image.fromarray(cut).resize((width, height), Image.Resampling.BICUBIC)
     ).clip(min=0)  # bicubic weights may be negative
-    scaled = np.rint(scaled * (255 / scaled.max())).astype(np.uint8)
-    result = np.zeros((layout.side, layout.side), np.uint8)
+    result = np.zeros((layout.side, layout.side), np.float32)
     free = round(rim * inner / longer)  # what may fall outside, for it is no ink
     _paste(scaled, result, *(_start(scaled.sum(axis=1 - axis), free, layout) for axis in (0, 1)))
-    return result
+    light: Pixels = np.rint(result * (255 / result.max())).astype(np.uint8)
+    return light
 
 
 def _ink(pixels: Pixels) -> Pixels:
@@ -249,7 +249,7 @@ def _ink(pixels: Pixels) -> Pixels:
     return ink
 
 
-def _start(profile: NDArray[np.uint64], free: int, layout: Layout) -> int:
+def _start(profile: NDArray[np.float32], free: int, layout: Layout) -> int:
     """Where the scaled ink begins on one axis of the result.
 
     Args:

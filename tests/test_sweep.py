@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import faults
+import hydra
 import pytest
 from faults import Child, Server, figure, many, outcome_of, temporaries, two_lines
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnist_cli import durable
+from mnist_cli import compose, durable
 from mnist_cli.compose import PARSERS
+from mnist_cli.line import parse_line
 from mnist_cli.run import RunFolder
 from mnist_cli.sweep import leaderboard, pool
 from mnist_cli.sweep.job import record
@@ -43,6 +46,39 @@ ALONE = "sweep.fused=false"  # to the last bit, and one after the other
 TWELVE = (
     "train", "-m", *TINY, "optim=adam,sgd", "optim.lr=0.1,0.01", "seed=0,1,2", ALONE, "--quiet",
 )  # fmt: skip
+
+
+SWEPT = {  # of one key: values of several types, a group, one that takes others along
+    "optim.lr": ("0.1", "0.5", "1e-3"),
+    "optim": ("adam", "sgd", "momentum"),
+    "model": ("linear", "mlp"),
+    "+experiment": ("mlp_adam", "cnn_adam"),
+    "seed": ("0", "7", "${epochs}"),
+    "epochs": ("5", "6"),
+    "grad_clip": ("null", "1.5"),
+    "resume_allow": ("[]", "[epochs]", "[seed,epochs]"),
+    "predictions": ("true", "false"),
+    "early_stop": ("{patience:2}", "{}"),
+    "out": ("null", "'a b/c=d'"),
+}  # fmt: skip
+
+
+@given(
+    st.lists(st.sampled_from(sorted(SWEPT)), min_size=1, max_size=4, unique=True).flatmap(
+        lambda keys: st.fixed_dictionaries(
+            {key: st.lists(st.sampled_from(SWEPT[key]), min_size=1, unique=True) for key in keys}
+        )
+    )
+)
+@settings(max_examples=25, deadline=None)
+def test_law_every_job_is_composed_as_it_is_alone(chosen: dict[str, list[str]]) -> None:
+    words = [f"{key}={','.join(values)}" for key, values in chosen.items()]
+    line = parse_line(["train", "-m", *words])
+    with compose.initialized(line):
+        parsed = OverridesParser.create().parse_overrides(words)
+        for job in compose.sweep_jobs(line, parsed):
+            alone = hydra.compose("train", list(job.words))
+            assert job.config == compose.checked(line, alone)
 
 
 def folders(sweep: Path) -> dict[str, Path]:
