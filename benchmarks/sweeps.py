@@ -83,7 +83,7 @@ def _train(sweep: Sweep, words: tuple[str, ...], data: str) -> tuple[float, floa
     with tempfile.TemporaryDirectory() as folder:
         done = timed([
             sys.executable, "-m", "mnist_cli", "train", "-m", *sweep.words, *words,
-            f"dataset.root={data}", f"out={folder}", "--quiet",
+            f"dataset.root={data}", f"out={folder}", "report=false", "--quiet",
         ])  # fmt: skip
         results = [json.loads(path.read_text()) for path in Path(folder).glob("*/result.json")]
     assert len(results) == sweep.num_jobs
@@ -113,7 +113,7 @@ def _short_jobs(number: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         done = timed([
             sys.executable, "-m", "mnist_cli", "train", "-m", *DIGITS, f"seed=range(0,{number})",
-            f"out={folder}", "--quiet",
+            f"out={folder}", "report=false", "--quiet",
         ])  # fmt: skip
         times = [
             json.loads(path.read_text())["time"] for path in Path(folder).glob("*/result.json")

@@ -60,7 +60,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 def assert_as_plain(sweep: Path, mnist_cli: Program) -> None:
     """`sweep` holds what the plain sweep of `GOOD_AND_BAD` leaves: bits, folders, leaderboard."""
-    assert mnist_cli(*GOOD_AND_BAD, "out=plain", "--quiet").code == 1
+    assert mnist_cli(*GOOD_AND_BAD, "sweep.fused=false", "out=plain", "--quiet").code == 1
     plain = folders(Path("plain"))
     found = folders(sweep)
     assert found.keys() == plain.keys()
@@ -304,8 +304,8 @@ def test_the_last_trial_is_begun_once_however_close_two_come(
 ) -> None:
     config = PARSERS["train"](yaml.safe_load((trained(*TINY) / "config.yaml").read_text()))
     settings = SweepConfig(
-        jobs=1, resume=None, fail_fast=False, search="optuna", trials=3, sampler="random",
-        pruner="none", objectives=(),
+        jobs=1, fused="auto", resume=None, fail_fast=False, search="optuna", trials=3,
+        sampler="random", pruner="none", objectives=(),
     )  # fmt: skip
     space = [Numbers("optim.lr", 0.01, 0.1, None, False)]
 

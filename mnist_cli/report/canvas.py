@@ -7,11 +7,12 @@ stand-ins too: matplotlib never sees them, and they are escaped where they are p
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import matplotlib
@@ -69,6 +70,15 @@ class Line(NamedTuple):
     y: Sequence[float]
 
 
+@contextlib.contextmanager
+def own_style() -> Iterator[None]:
+    """The style of drawings, in place of the user's, while a page is rendered."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
+        yield
+
+
 def drawing(
     *,
     width: int = WIDTH,
@@ -78,9 +88,7 @@ def drawing(
     top: int = 22,
     bottom: int = 34,
 ) -> tuple[Figure, Axes]:
-    """An empty drawing with its margins in pixels. Drawings are made one after the other."""
-    matplotlib.rcdefaults()  # a matplotlibrc of the user's would change the page
-    matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
+    """An empty drawing with its margins in pixels."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     size = ((width - left - right) / width, (height - top - bottom) / height)
     return figure, figure.add_axes((left / width, bottom / height, *size))

@@ -12,7 +12,7 @@ from torch import Tensor
 from mnist_cli import metrics
 from mnist_cli.config import FREE_KEYS
 from mnist_cli.errors import UsageError
-from mnist_cli.report import page, pictures, plots
+from mnist_cli.report import canvas, page, pictures, plots
 from mnist_cli.report.canvas import FIRST, SECOND, Line
 from mnist_cli.report.record import ClassScores, NumberScores, Record
 
@@ -56,6 +56,7 @@ def compare(a: Record, b: Record) -> Comparison:
     return Comparison(a, b, counts | {"p_value": p_value}, _verdict(counts, p_value))
 
 
+@canvas.own_style()
 def render(comparison: Comparison) -> str:
     """The page as HTML."""
     a, b = comparison.a, comparison.b

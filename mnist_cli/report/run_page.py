@@ -11,7 +11,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from mnist_cli import metrics
-from mnist_cli.report import page, pictures, plots
+from mnist_cli.report import canvas, page, pictures, plots
 from mnist_cli.report.canvas import FIRST, MUTED, Line
 from mnist_cli.report.record import ClassScores, Record
 from mnist_cli.run import command_of
@@ -19,6 +19,7 @@ from mnist_cli.run import command_of
 MAX_FILTERS = 32
 
 
+@canvas.own_style()
 def render(record: Record) -> str:
     """The page as HTML."""
     best = record.checkpoint.progress.best

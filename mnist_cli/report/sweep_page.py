@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mnist_cli.report import page, sweep_plots
+from mnist_cli.report import canvas, page, sweep_plots
 from mnist_cli.report.sweep_plots import Dot, Ending
 from mnist_cli.report.sweep_record import Metric, Point, Row, SweepRecord
 from mnist_cli.sweep import leaderboard
@@ -20,6 +20,7 @@ MAX_KEYS = 8  # that are drawn
 MAX_TOLD = 12  # values in the text that stands for a drawing
 
 
+@canvas.own_style()
 def render(record: SweepRecord) -> str:
     """The page as HTML."""
     metric = _metric(record)
