@@ -50,7 +50,7 @@ bench: $(STAMP) $(if $(PEERS),$(PEERS_STAMP))  ## measure speed; PEERS=1 beside 
 
 torture: $(STAMP)  ## kill, corrupt and starve runs, for a long time
 	$(BIN)/python -m pytest tests/torture
-	MNIST_CLI_TORTURE=1 $(BIN)/python -m pytest tests/test_cli.py
+	MNIST_CLI_TORTURE=1 $(BIN)/python -m pytest tests/test_cli.py tests/test_logger.py
 
 lock: $(STAMP)  ## write requirements.txt anew after a change of pyproject.toml; UPGRADE=1 takes newer versions
 	$(BIN)/uv pip compile --quiet $(if $(UPGRADE),--upgrade) --universal --python-version 3.11 \

@@ -12,14 +12,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import faults
 import numpy as np
 import onnxruntime
 import pytest
 import yaml
-from conftest import ROOT, Program
+from faults import ROOT
 from PIL import Image
 
 from mnist_cli import logger, train
@@ -27,6 +27,9 @@ from mnist_cli.config import TrainConfig, train_config
 from mnist_cli.console import Console
 from mnist_cli.errors import PrunedError
 from mnist_cli.run import RunFolder
+
+if TYPE_CHECKING:
+    from conftest import Program
 
 pytest_plugins = ["faults"]
 ALL = ("tensorboard", "mlflow", "wandb")
