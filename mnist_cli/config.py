@@ -4,7 +4,8 @@
 checkpoint) into one of them, after every type, range and cross-check. Neither Hydra nor
 torch is imported here. What a key means and its default stand in `conf/`; types and ranges here.
 
-The last member of each group's union, `Plugin...Config`, is what a plugin's options inherit from.
+The last member of each group's union, `Plugin...Config`, is what a plugin's options inherit from;
+they supply the methods that are abstract here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import re
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -69,12 +71,12 @@ class CnnDeepConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PluginModelConfig:
+class PluginModelConfig(ABC):
     name: str
 
+    @abstractmethod
     def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
         """The model, as `build_model` describes it; UsageError where it can't read such samples."""
-        raise NotImplementedError
 
 
 ModelConfig = (
@@ -132,13 +134,13 @@ class AdadeltaConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PluginOptimConfig:
+class PluginOptimConfig(ABC):
     name: str
     lr: Positive
 
+    @abstractmethod
     def build(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer. What it keeps of a parameter has the parameter's shape, or is `step`."""
-        raise NotImplementedError
 
 
 OptimConfig = (
@@ -161,9 +163,10 @@ class MseConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PluginLossConfig:
+class PluginLossConfig(ABC):
     name: str
 
+    @abstractmethod
     def build(
         self, task: Literal["classification", "regression"]
     ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -172,7 +175,6 @@ class PluginLossConfig:
         Raises:
             UsageError: the loss isn't made for this task.
         """
-        raise NotImplementedError
 
 
 LossConfig = SmoothedLossConfig | MseConfig | PluginLossConfig
@@ -214,20 +216,20 @@ class LinearDatasetConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PluginDatasetConfig:
+class PluginDatasetConfig(ABC):
     name: str
     val_fraction: Share
 
+    @abstractmethod
     def classes(self) -> tuple[str, ...]:
         """A name for each class."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Official training images and labels, then those of the test set.
 
         Images are (N, C, H, W) uint8, labels (N,) uint8 from 0; each class is in both sets.
         """
-        raise NotImplementedError
 
 
 DatasetConfig = (
@@ -269,16 +271,16 @@ class OnecycleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PluginScheduleConfig:
+class PluginScheduleConfig(ABC):
     name: str
     warmup_epochs: NonNegative
 
+    @abstractmethod
     def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
         """The factor on the base learning rate, in 0..1, before the warm-up is multiplied in.
 
         The arguments are those of `lr_factor`. A pure function: a run that is resumed asks again.
         """
-        raise NotImplementedError
 
 
 ScheduleConfig = ConstantConfig | StepConfig | CosineConfig | OnecycleConfig | PluginScheduleConfig

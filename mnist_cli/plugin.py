@@ -106,6 +106,8 @@ def _register(point: EntryPoint, options: list[tuple[str, type[PluginConfig]]]) 
             " and have a name: Literal[...]",
         )
     for group, option, names in named:
+        if missing := ", ".join(f"{name}()" for name in sorted(option.__abstractmethods__)):
+            raise _broken(point, f"{option.__name__} has no {missing}")
         for name in names:
             if name in _taken(group):
                 raise _broken(point, f"{group}={name} is an option already")

@@ -236,6 +236,7 @@ LINEAR = """
 @dataclass(frozen=True, kw_only=True)
 class Mine(PluginModelConfig):
     name: Literal["linear"]
+    def build(self, input_shape, num_outputs): ...
 OPTIONS = (Mine,)
 """
 
@@ -253,6 +254,7 @@ OPTIONS = (Mine,)
         ("OPTIONS = (int,)", "OPTIONS must hold dataclasses"),
         (f"{HEAD}OPTIONS = (PluginModelConfig,)", "OPTIONS must hold dataclasses"),
         (f"{HEAD}OPTIONS = (CnnConfig,)", "OPTIONS must hold dataclasses"),
+        (f"{HEAD}{LINEAR}".replace("build", "biuld"), "Mine has no build()"),
         (f"{HEAD}{LINEAR}", "model=linear is an option already"),
         (HEAD + LINEAR.replace("linear", "lone"), "there is no file"),
         (HEAD + LINEAR.replace("linear", "tiny").replace("(Mine,)", "(Mine, Mine)"), "already"),
