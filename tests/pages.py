@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree.ElementTree import Element
 
 import html5lib
@@ -41,3 +43,24 @@ def assert_loads_nothing(path: Path) -> None:
     assert len(ids) == len(set(ids))
     for image in [*tree.iter("img"), *tree.iter("{http://www.w3.org/2000/svg}svg")]:
         assert image.get("alt") or image.get("aria-label")
+
+
+def assert_asks_for_nothing(browser: Any, pages: Sequence[Path], width: int) -> None:
+    """Chromium loads nothing but the pages themselves, and says nothing of them."""
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    asked: list[str] = []
+    said: list[str] = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    for path in pages:
+        tab.goto(path.as_uri(), wait_until="networkidle")
+        assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+        assert said == []
+        asked.clear()
+        # Nothing is cut off at the side, not even on a phone.
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(
+            "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
+        )
+    tab.close()

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import pytest
 from faults import Server, figure, many, outcome_of, temporaries, two_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sweep import board_of, busy, children_of, folders, kill_group, states
+from test_sweep import board_of, busy, children_of, folders, kills_until_done, states
 
 from mnist_cli import checkpoint, stacked
 from mnist_cli.config import LinearModelConfig, MlpConfig, SweepConfig, TrainConfig, train_config
@@ -367,19 +366,7 @@ def test_a_stack_killed_at_any_instant_loses_no_finished_job(
     while kills < goal:
         runs += 1
         sweep = tmp_path / f"sweep{runs}"
-        sweep.mkdir()
-        while True:
-            before = states(sweep)
-            words = [*EIGHT, f"sweep.resume={sweep}"]
-            child = server.start(faults.program_in_group, words)
-            time.sleep(chance.uniform(0.2, 0.95) * eight[1])
-            kill_group(child)
-            code = child.wait().code
-            assert before.items() <= states(sweep).items()
-            if code == 0:
-                break
-            assert code == -9
-            kills += 1
+        kills += kills_until_done(server, EIGHT, sweep, (0.2, 0.95), eight[1], chance)
         assert_whole(sweep, eight[0])
         shutil.rmtree(sweep)
     figure("SIGKILL of a sweep of 8 jobs in one stack, then `sweep.resume`", kills, runs=runs)

@@ -17,7 +17,7 @@ import scipy.stats
 import torch
 from conftest import ROOT, Program
 from data_files import write_mnist_like
-from pages import EVIL, assert_loads_nothing, parsed, text_of
+from pages import EVIL, assert_asks_for_nothing, assert_loads_nothing, parsed, text_of
 
 from mnist_cli import checkpoint, dataset, metrics
 from mnist_cli.report import pictures
@@ -442,23 +442,7 @@ def test_a_browser_asks_for_nothing_and_complains_of_nothing(
     assert mnist_cli("report", f"run={runs[0]},{trained(*SOFTMAX)}", "out=.").code == 0
     pages = [*(run / "report.html" for run in runs), Path("compare.html").absolute()]
     for width in (360, 1200):
-        tab = browser.new_page(viewport={"width": width, "height": 800})
-        asked: list[str] = []
-        said: list[str] = []
-        tab.on("request", lambda request, asked=asked: asked.append(request.url))
-        tab.on("console", lambda message, said=said: said.append(message.text))
-        tab.on("pageerror", lambda error, said=said: said.append(str(error)))
-        for path in pages:
-            tab.goto(path.as_uri(), wait_until="networkidle")
-            assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
-            assert said == []
-            asked.clear()
-            # Nothing is cut off at the side, not even on a phone.
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width
-            assert tab.evaluate(
-                "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
-            )
-        tab.close()
+        assert_asks_for_nothing(browser, pages, width)
 
 
 def test_the_pages_of_the_readme_are_small() -> None:

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -471,24 +471,42 @@ def test_a_sweep_killed_at_any_instant_loses_nothing(
     chance, kills, goal = random.Random(0), 0, many(4, 50)
     for run in itertools.count():
         sweep = tmp_path / f"sweep{run}"
-        sweep.mkdir()
-        words = [*TWELVE, f"sweep.resume={sweep}"]
-        while True:
-            before = states(sweep)
-            child = server.start(faults.program_in_group, words)
-            time.sleep(chance.uniform(0.1, 0.9) * twelve[1])
-            kill_group(child)
-            code = child.wait().code
-            assert before.items() <= states(sweep).items()
-            if code == 0:
-                break
-            assert code == -9
-            kills += 1
+        kills += kills_until_done(server, TWELVE, sweep, (0.1, 0.9), twelve[1], chance)
         assert_whole(sweep, twelve[0])
         shutil.rmtree(sweep)
         if kills >= goal:
             break
     figure("SIGKILL of a 12-job sweep at a random instant, then resume", kills, runs=run + 1)
+
+
+def kills_until_done(
+    server: Server,
+    words: Sequence[str],
+    sweep: Path,
+    shares: tuple[float, float],
+    whole_s: float,
+    chance: random.Random,
+) -> int:
+    """Run `words` in the new folder `sweep`, killed and resumed until a process comes to its end.
+
+    Args:
+        shares: of `whole_s`, the seconds of an undisturbed run, between which each is killed.
+
+    Returns:
+        The number of kills; what was finished before one is so after it.
+    """
+    sweep.mkdir()
+    for kills in itertools.count():
+        before = states(sweep)
+        child = server.start(faults.program_in_group, [*words, f"sweep.resume={sweep}"])
+        time.sleep(chance.uniform(*shares) * whole_s)
+        kill_group(child)
+        code = child.wait().code
+        assert before.items() <= states(sweep).items()
+        if code == 0:
+            return kills
+        assert code == -9
+    raise AssertionError
 
 
 def kill_group(child: Child, number: int = signal.SIGKILL) -> None:
@@ -726,18 +744,7 @@ def test_a_search_killed_at_any_instant_goes_on(server: Server, tmp_path: Path) 
     while kills < goal:
         runs += 1
         sweep = tmp_path / f"sweep{runs}"
-        sweep.mkdir()
-        while True:
-            before = states(sweep)
-            child = server.start(faults.program_in_group, [*words, f"sweep.resume={sweep}"])
-            time.sleep(chance.uniform(0.2, 0.9) * ended.seconds)
-            kill_group(child)
-            code = child.wait().code
-            assert before.items() <= states(sweep).items()
-            if code == 0:
-                break
-            assert code == -9
-            kills += 1
+        kills += kills_until_done(server, words, sweep, (0.2, 0.9), ended.seconds, chance)
         done = [trial for trial in history(sweep) if trial[0] == "complete"]
         assert done == history(whole)
         for name, path in folders(sweep).items():

@@ -15,7 +15,7 @@ import pytest
 from conftest import Program
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages import EVIL, assert_loads_nothing, parsed, text_of
+from pages import EVIL, assert_asks_for_nothing, assert_loads_nothing, parsed, text_of
 
 from mnist_cli.report import sweep_page, sweep_record
 from mnist_cli.sweep import leaderboard
@@ -411,18 +411,6 @@ def test_any_sweep_can_be_drawn(
 
 
 def test_a_browser_asks_for_nothing_and_complains_of_nothing(swept: Swept, browser: Any) -> None:
+    names = ("grid", "search", "front", "line", "failed")
     for width in (360, 1200):
-        tab = browser.new_page(viewport={"width": width, "height": 800})
-        asked: list[str] = []
-        said: list[str] = []
-        tab.on("request", lambda request, asked=asked: asked.append(request.url))
-        tab.on("console", lambda message, said=said: said.append(message.text))
-        tab.on("pageerror", lambda error, said=said: said.append(str(error)))
-        for name in ("grid", "search", "front", "line", "failed"):
-            address = (swept(name) / "report.html").as_uri()
-            tab.goto(address, wait_until="networkidle")
-            assert (asked, said) == ([address], [])
-            asked.clear()
-            # Nothing is cut off at the side, not even on a phone.
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        tab.close()
+        assert_asks_for_nothing(browser, [swept(name) / "report.html" for name in names], width)
