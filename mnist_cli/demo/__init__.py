@@ -47,14 +47,13 @@ def run(config: DemoConfig, console: Console) -> None:
         )
         serving = uvicorn.Server(server.settings(app))
         console.say(f"model    {model.config.model.name}, trained on {model.spec.name}")
-        try:
+        with contextlib.suppress(KeyboardInterrupt, Interrupted):
             console.answer(f"page     {url}", {"url": url, "checkpoint": str(model.path)})
             console.say("stop     Ctrl-C")
             if config.open and not console.as_json:
                 _open_browser(url)
             serving.run(sockets=[listening])
-        except (KeyboardInterrupt, Interrupted):
-            console.say("\nstopped")  # behind the ^C that a terminal shows
+        console.say("\nstopped")  # behind the ^C that a terminal shows
 
 
 def _listening(port: int) -> socket.socket:
