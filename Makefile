@@ -6,6 +6,8 @@ HYDRA_NEXT := 1.4.0rc3
 NEXT := .venv-hydra-next
 PEERS_STAMP := .venv-peers/installed
 RAY := .venv-ray
+# Tests run on all cores, but on no more than four: each process loads torch.
+PARALLEL := --numprocesses=logical --maxprocesses=4 --dist=worksteal
 DEMO := outputs/demo/$(shell echo $$(date +%Y-%m-%d_%H-%M-%S)_$$PPID)
 
 .DEFAULT_GOAL := help
@@ -20,7 +22,7 @@ demo: $(STAMP)  ## train a CNN on real digits, evaluate it, export it to ONNX; d
 	$(BIN)/mnist-cli export checkpoint=$(DEMO) format=onnx
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # What not everybody should have goes into an environment of its own, which falls back on .venv for
 # all the rest: the next Hydra, and Ray, which is large.
@@ -33,7 +35,7 @@ test: $(STAMP)  ## run the tests
 	@touch $@
 
 test-hydra-next: $(NEXT)/installed  ## run the tests on the next Hydra, a pre-release
-	$(NEXT)/bin/python -m pytest --ignore tests/test_package.py
+	$(NEXT)/bin/python -m pytest $(PARALLEL) --ignore tests/test_package.py
 
 test-ray: $(RAY)/installed  ## run the tests that need Ray
 	$(RAY)/bin/python -m pytest tests/test_machines.py -k ray
@@ -49,8 +51,7 @@ bench: $(STAMP) $(if $(PEERS),$(PEERS_STAMP))  ## measure speed; PEERS=1 beside 
 	$(BIN)/python benchmarks/run.py $(if $(PEERS),--peers-python .venv-peers/bin/python) $(BENCH)
 
 torture: $(STAMP)  ## kill, corrupt and starve runs, for a long time
-	$(BIN)/python -m pytest tests/torture
-	MNIST_CLI_TORTURE=1 $(BIN)/python -m pytest tests/test_cli.py tests/test_logger.py
+	MNIST_CLI_TORTURE=1 $(BIN)/python -m pytest $(PARALLEL) -m torture
 
 lock: $(STAMP)  ## write requirements.txt anew after a change of pyproject.toml; UPGRADE=1 takes newer versions
 	$(BIN)/uv pip compile --quiet $(if $(UPGRADE),--upgrade) --universal --python-version 3.11 \

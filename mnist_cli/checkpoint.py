@@ -31,18 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from mnist_cli import __version__, dataset, durable, optim, strict_json
-from mnist_cli.config import (
-    EmnistConfig,
-    ImageFilesConfig,
-    TrainConfig,
-    UntypedPluginError,
-    to_plain,
-    train_config,
-)
+from mnist_cli.config import TrainConfig, to_plain, train_config
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, DatasetSpec
 from mnist_cli.errors import CheckpointError, DivergedError, UsageError, shown
 from mnist_cli.model import build_model
+from mnist_cli.options import EmnistConfig, ImageFilesConfig, UntypedPluginError
 from mnist_cli.runtime import Host
 from mnist_cli.typed import Range, parse
 

@@ -114,7 +114,10 @@ def _dispatch(line: Line, console: Console, started_s: float) -> int:
         data = usage.list_data(group, line.config_dirs)
         console.answer(usage.list_text(group, line.config_dirs), data)
     else:
-        from mnist_cli import compose
+        from mnist_cli.imports import uncollected
+
+        with uncollected():
+            from mnist_cli import compose
 
         return compose.run(line, console, started_s)
     return 0

@@ -47,6 +47,7 @@ from mnist_cli.config import (
 from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted, UsageError, one_line, shown
 from mnist_cli.explain import hydra_errors, no_such_key
+from mnist_cli.imports import uncollected
 from mnist_cli.line import Line
 from mnist_cli.run import RunFolder, quoted
 from mnist_cli.sweep import Job
@@ -172,29 +173,38 @@ def command(
 
     torch is imported here, after all that can be wrong was said.
     """
+    with uncollected():
+        run = _imported(config)
+    if isinstance(config, TrainConfig):
+        return run(config, console, typed, started_s)
+    return run(config, console)
+
+
+def _imported(config: Any) -> Callable[..., Any]:
+    """What runs the command of `config`."""
     if isinstance(config, TrainConfig):
         from mnist_cli import train
 
-        return train.run(config, console, typed, started_s)
+        return train.run
     if isinstance(config, EvalConfig):
         from mnist_cli import evaluate
 
-        return evaluate.run(config, console)
+        return evaluate.run
     if isinstance(config, PredictConfig):
         from mnist_cli import predict
 
-        return predict.run(config, console)
+        return predict.run
     if isinstance(config, DemoConfig):
         from mnist_cli import demo
 
-        return demo.run(config, console)
+        return demo.run
     if isinstance(config, ReportConfig):
         from mnist_cli import report
 
-        return report.run(config, console)
+        return report.run
     from mnist_cli import export
 
-    return export.run(config, console)
+    return export.run
 
 
 @contextlib.contextmanager

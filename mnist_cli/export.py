@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from mnist_cli import __version__, durable, onnx_file, scoring
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli.checkpoint import Checkpoint
-from mnist_cli.config import ExportConfig, plugin_words, to_plain
+from mnist_cli.config import ExportConfig, to_plain
 from mnist_cli.console import Console
 from mnist_cli.dataset import DatasetSpec, Normalise, Split
 from mnist_cli.errors import ParityError, UsageError
 from mnist_cli.onnx_file import Answer
+from mnist_cli.options import plugin_words
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
 BENCHMARKED_BATCHES = (1, 64, 1000)

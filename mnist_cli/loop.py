@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import dataset, optim, runtime, schedule, scoring
 from mnist_cli.checkpoint import Best, Checkpoint, Progress
-from mnist_cli.config import TrainConfig, plugin_words, save_every_s
+from mnist_cli.config import TrainConfig, save_every_s
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, Normalise
 from mnist_cli.errors import DivergedError, Interrupted, PrunedError
 from mnist_cli.loss import Loss
+from mnist_cli.options import plugin_words
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_cli.config import LossConfig, MseConfig, PluginLossConfig
+from mnist_cli.options import LossConfig, MseConfig, PluginLossConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mnist_cli import checkpoint as checkpoints
-from mnist_cli.config import TrainConfig, UntypedPluginError
+from mnist_cli.config import TrainConfig
 from mnist_cli.dataset import DatasetSpec, Split
 from mnist_cli.errors import CheckpointError
+from mnist_cli.options import UntypedPluginError
 from mnist_cli.scoring import BATCH_SIZE
 
 Answer = Callable[[Split], Tensor]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_cli.config import (
+from mnist_cli.errors import UsageError
+from mnist_cli.options import (
     AdadeltaConfig,
     AdagradConfig,
     AdamConfig,
@@ -23,7 +24,6 @@ from mnist_cli.config import (
     RmspropConfig,
     SgdConfig,
 )
-from mnist_cli.errors import UsageError
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:

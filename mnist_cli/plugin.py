@@ -19,8 +19,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_args
 
-from mnist_cli.config import PLUGINS, UNIONS, PluginConfig
 from mnist_cli.errors import UsageError, shown
+from mnist_cli.options import PLUGINS, UNIONS, PluginConfig
 from mnist_cli.typed import option_names
 
 GROUP = "mnist_cli"

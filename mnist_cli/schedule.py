@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from mnist_cli.config import (
+from mnist_cli.options import (
     ConstantConfig,
     CosineConfig,
     OnecycleConfig,

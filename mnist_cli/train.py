@@ -22,13 +22,7 @@ from mnist_cli import __version__, dataset, logger, optim, resume, runtime, scor
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
-from mnist_cli.config import (
-    DatasetConfig,
-    LinearModelConfig,
-    TrainConfig,
-    config_hash,
-    plugin_words,
-)
+from mnist_cli.config import TrainConfig, config_hash
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, Normalise
 from mnist_cli.errors import (
@@ -54,6 +48,7 @@ from mnist_cli.loop import (
 )
 from mnist_cli.loss import build_loss
 from mnist_cli.model import build_model, num_params
+from mnist_cli.options import DatasetConfig, LinearModelConfig, plugin_words
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import shutil
@@ -14,21 +15,20 @@ from typing import Any, NamedTuple, Protocol
 
 import pytest
 
+pytest_plugins = ["faults"]
 pytest.register_assert_rewrite("pages")
 
 ROOT = Path(__file__).parent.parent
 REAL_MNIST = Path(os.environ.get("MNIST_CLI_DATA") or ROOT.parent / "shared" / "mnist")
-TORTURE = os.environ.get("MNIST_CLI_TORTURE") == "1"
-NUM_GENERATED = 2000 if TORTURE else 300  # malformed lines of a test; one takes up to 0.1 s
 
 # Read when torch is loaded, here or in a process that a test starts: the small products of these
 # tests stall with several threads on busy cores, and bits are only equal with equal threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_report_header() -> str:
-    more = "" if TORTURE else "; MNIST_CLI_TORTURE=1 makes it 2000, and compiles a model"
-    return f"mnist-cli: {NUM_GENERATED} generated command lines per test{more}"
+def pytest_collection_finish() -> None:
+    """All modules are loaded: the collector need not walk through them in every test."""
+    gc.freeze()
 
 
 class Outcome(NamedTuple):

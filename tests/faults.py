@@ -1,11 +1,11 @@
 """Real faults for tests: a fork server, kills, full disks, crashes at a system call; and figures.
 
-A plugin of pytest (`pytest_plugins = ["faults"]`) and, started as a program, the fork server: it
-imports torch once, then forks a child for each job, so that a thousand kills take minutes. A job is
-a function of this module named in `JOBS`; it runs in the child, in a folder of its own.
+A plugin of pytest (see conftest.py) and, started as a program, the fork server: it imports torch
+once, then forks a child for each job, so that a thousand kills take minutes. A job is a function of
+this module named in `JOBS`; it runs in the child, in a folder of its own.
 
-The numbers of a test are small in `make test` and large in `make torture` (MNIST_CLI_TORTURE=1).
-PYTEST_DONT_REWRITE: a test imports this module before pytest hears that it is a plugin.
+The numbers of the tests marked `torture` are small in `make test` and large in `make torture`,
+which runs these tests alone (MNIST_CLI_TORTURE=1 and `-m torture`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TORTURE = os.environ.get("MNIST_CLI_TORTURE") == "1"
-FIGURES: dict[str, dict[str, Any]] = {}
 
 # 1,365 training digits in batches of 69: 20 steps an epoch, 60 in all, about half a second.
 TRAIN = (
@@ -47,22 +46,44 @@ def many(short: int, long: int) -> int:
     return long if TORTURE else short
 
 
-def figure(name: str, done: int, bad: int = 0, **more: Any) -> None:
-    """Note how often `name` was tried and went wrong, for the table at the end."""
-    FIGURES[name] = {"done": done, "bad": bad, **more}
+# --- figures: from the tests, which may run in several processes, to the table at the end ---------
+
+Figures = dict[str, dict[str, int]]
+_noted: Figures = {}  # by the test that runs
+
+
+def figure(name: str, done: int = 1, bad: int = 0, **more: int) -> None:
+    """Note how often `name` was tried and went wrong; what several tests note is added up."""
+    _add(_noted, name, {"done": done, "bad": bad, **more})
+
+
+def _add(figures: Figures, name: str, numbers: dict[str, int]) -> None:
+    before = figures.get(name, {"done": 0, "bad": 0})
+    sums = {key: before[key] + numbers[key] for key in ("done", "bad")}
+    figures[name] = {**numbers, **sums}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> None:
+    item.user_properties += _noted.items()
+    _noted.clear()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not FIGURES:
+    figures: Figures = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, numbers in report.user_properties:
+            _add(figures, name, numbers)
+    if not figures:
         return
     terminalreporter.section(f"reliability, {'long' if TORTURE else 'short'} numbers")
-    for name, numbers in FIGURES.items():
+    for name, numbers in sorted(figures.items()):
         words = [f"{value:,} {key}" for key, value in numbers.items()]
         terminalreporter.write_line(f"{name:<58}  {', '.join(words)}")
     if TORTURE:
         path = ROOT / "outputs" / "torture.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(FIGURES, indent=2) + "\n")
+        path.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
         terminalreporter.write_line(f"written to {path.relative_to(ROOT)}")
 
 
@@ -576,11 +597,13 @@ JOBS: dict[str, Callable[..., Any]] = {
 
 
 def serve() -> None:
+    import optuna  # noqa: F401
     import torch
 
     import mnist_cli.compose
     import mnist_cli.evaluate
     import mnist_cli.export
+    import mnist_cli.sweep.fused
     import mnist_cli.train  # noqa: F401
 
     torch.set_num_threads(1)

@@ -29,11 +29,10 @@ from hypothesis import strategies as st
 
 from mnist_cli import checkpoint, optim, scoring
 from mnist_cli.checkpoint import Checkpoint
-from mnist_cli.config import UntypedPluginError
 from mnist_cli.console import Console
 from mnist_cli.errors import CheckpointError, DivergedError, MnistCliError
+from mnist_cli.options import UntypedPluginError
 
-pytest_plugins = ["faults"]
 CANARY = "canary-7f3a"
 LINEAR = (
     "train", "model=linear", "dataset=linear", "dataset.num_samples=40", "dataset.num_features=2",
@@ -144,6 +143,7 @@ def test_what_is_saved_is_loaded_to_the_bit(digits: Path, tmp_path: Path) -> Non
     assert (tmp_path / "again.safetensors").read_bytes() == digits.read_bytes()
 
 
+@pytest.mark.torture
 @settings(max_examples=many(50, 2000), deadline=None)
 @given(
     step=st.integers(0, 2**53),
@@ -472,12 +472,13 @@ HAND_MADE: dict[str, Callable[[bytes], bytes]] = {
 }  # fmt: skip
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("name", HAND_MADE)
 def test_a_hand_made_file_is_refused(linear: Path, tmp_path: Path, name: str) -> None:
     data = HAND_MADE[name](linear.read_bytes())
     error = refused(data, tmp_path / "x.safetensors")
     assert error.message.startswith(f"{tmp_path}/x.safetensors: ") or len(error.message) == 400
-    figure("malformed checkpoints, hand-made", len(HAND_MADE) + len(PLACES))
+    figure("malformed checkpoints, hand-made")
 
 
 def test_the_hand_made_edits_start_from_a_file_that_loads(linear: Path, tmp_path: Path) -> None:
@@ -549,12 +550,14 @@ PLACES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("name", PLACES)
 def test_what_is_no_plain_file_is_refused(linear: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(linear.read_bytes())
     PLACES[name](path)
     refused_file(path)
+    figure("malformed checkpoints, hand-made")
 
 
 @pytest.mark.parametrize("name", ["with space", "mit\nnewline", "emoji 🎲", "per%cent", "a" * 200])
@@ -591,6 +594,7 @@ def test_a_file_cut_short_while_it_is_read_is_refused(
 # --- bits and mutants -----------------------------------------------------------------------------
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("name", ["linear", "digits"] if faults.TORTURE else ["linear"])
 def test_every_flipped_bit_is_noticed(name: str, request: pytest.FixtureRequest) -> None:
     data = request.getfixturevalue(name).read_bytes()
@@ -708,6 +712,7 @@ def answers_or_says_why(found: Checkpoint, console: Console) -> None:
     assert answers.shape == (len(data.test), found.spec.num_outputs)
 
 
+@pytest.mark.torture
 def test_mutants_are_refused_or_mean_exactly_what_they_say(digits: Path, linear: Path) -> None:
     sources = [digits.read_bytes(), linear.read_bytes()]
     console = Console(quiet=True)
@@ -800,6 +805,7 @@ def with_payload(data: bytes, position: tuple[str, ...], payload: Any) -> bytes:
     )
 
 
+@pytest.mark.torture
 def test_a_payload_is_refused_and_never_run(
     linear: Path, tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NUM_GENERATED, ROOT, TORTURE, Outcome, Program
+from conftest import ROOT, Outcome, Program
+from faults import TORTURE, figure, many
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -24,12 +25,12 @@ from mnist_cli.run import command_of
 pytestmark = pytest.mark.usefixtures("empty_cwd")
 
 GENERATED = settings(
-    max_examples=NUM_GENERATED,
+    max_examples=many(200, 2000),
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to make a failure small takes minutes
 )
-TINY = ("dataset=digits", "model=linear", "epochs=1")
+TINY = ("dataset=digits", "model=linear", "epochs=1", "report=false")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -261,6 +262,7 @@ def assert_refused(outcome: Outcome) -> None:
     assert re.fullmatch(r"error: .+\nhint: .+\n", outcome.stderr), outcome.stderr
     assert outcome.stdout == ""
     assert os.listdir() == []
+    figure("malformed command lines")
 
 
 def test_enough_lines_are_malformed() -> None:
@@ -377,6 +379,7 @@ def wrong_words(draw: st.DrawFn) -> str:
     return f"{group}={option}"
 
 
+@pytest.mark.torture
 @pytest.mark.usefixtures("no_run")
 @GENERATED
 @given(
@@ -415,6 +418,7 @@ def is_own_flag(word: str) -> bool:
     return flag in HYDRA_FLAGS or flag in OWN_FLAGS or flag in ("-sc", "--shell-completion")
 
 
+@pytest.mark.torture
 @pytest.mark.usefixtures("no_run")
 @GENERATED
 @given(
@@ -441,10 +445,9 @@ def test_any_words_are_accepted_or_refused(mnist_cli: Program, words: list[str])
 WORDS = ("model=mlp", "optim=sgd", "dataset=digits", "optim.lr=0.5", "seed=3", "--json", "--quiet")
 
 
+@pytest.mark.torture
 @pytest.mark.usefixtures("no_run")
-@settings(
-    max_examples=200 if TORTURE else 25, deadline=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=many(10, 200), deadline=None, suppress_health_check=list(HealthCheck))
 @given(words=st.permutations([*WORDS, "model.hidden=[4,2]"]), position=st.integers(0, 8))
 def test_words_and_flags_may_stand_in_any_order(
     mnist_cli: Program, words: list[str], position: int
@@ -463,10 +466,9 @@ paths = st.text(
 )
 
 
+@pytest.mark.torture
 @pytest.mark.usefixtures("no_run")
-@settings(
-    max_examples=400 if TORTURE else 40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=many(20, 400), deadline=None, suppress_health_check=list(HealthCheck))
 @example(hidden=[1], lr=1e-05, decay=1e22, root='it\'s \\ "a" = b, c/[d] {e} %f #g', every="30s")
 @example(hidden=[], lr=5e-324, decay=0.0, root="null", every=None)
 @given(
@@ -752,6 +754,7 @@ def test_odd_surroundings() -> None:
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 2)
 
 
+@pytest.mark.torture
 def test_without_assertions() -> None:
     result = program("train", "optim.lrr=1", python=("-O",))
     assert (result.returncode, result.stdout) == (2, "")

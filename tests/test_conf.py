@@ -10,20 +10,16 @@ import yaml
 
 from mnist_cli import conf
 from mnist_cli.config import (
-    DatasetConfig,
     DemoConfig,
     EvalConfig,
     ExportConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
     PredictConfig,
     ReportConfig,
-    ScheduleConfig,
     SweepConfig,
     TrainConfig,
     flatten,
 )
+from mnist_cli.options import DatasetConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
 from mnist_cli.typed import option_names
 
 FILES = sorted(conf.conf_dir().rglob("*.yaml"))

@@ -19,7 +19,6 @@ from data_files import part_contents, small_source, write, write_mnist_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnist_cli.config import DigitsConfig, EmnistConfig, ImageFilesConfig, LinearDatasetConfig
 from mnist_cli.dataset import (
     DatasetSpec,
     Normalise,
@@ -32,6 +31,7 @@ from mnist_cli.dataset import (
 )
 from mnist_cli.dataset.decode import content_digest, statistics
 from mnist_cli.errors import DataError, UsageError
+from mnist_cli.options import DigitsConfig, EmnistConfig, ImageFilesConfig, LinearDatasetConfig
 
 ROOT = Path(__file__).parents[1]
 DIGITS_DIGEST = "3967b44e443fe5839044407fa045a18942da9c2b2558ad4b7089e076e96f5c48"
@@ -160,7 +160,7 @@ def test_digits_are_the_known_ones_and_cached_without_sklearn(private_cache: Pat
     assert torch.equal(other.test.inputs, data.test.inputs) and other.spec == data.spec
     assert not torch.equal(other.val.inputs, data.val.inputs)
     program = (
-        "import sys; from mnist_cli.config import DigitsConfig; from mnist_cli.dataset import load;"
+        "import sys; from mnist_cli.options import DigitsConfig;from mnist_cli.dataset import load;"
         "print(load(DigitsConfig(name='digits', val_fraction=0.1), 0).spec.digest,"
         " sorted({'sklearn', 'torchvision', 'PIL', 'hydra'} & set(sys.modules)))"
     )

@@ -23,6 +23,7 @@ from data_files import (
     write,
     write_mnist_like,
 )
+from faults import figure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -119,6 +120,7 @@ def labels() -> Array:
     return np.arange(NUM_TRAIN, dtype=np.uint8) % 10
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("case", CONTENT)
 def test_malformed_content(tmp_path: Path, case: str, suffix: str) -> None:
@@ -136,6 +138,7 @@ def refused(source: Source, root: Path, file: str, found: str) -> None:
     assert file in message and "expected" in message and found in message
     assert caught.value.hint and caught.value.exit_code == 3 and "..." not in message[-3:]
     assert time.monotonic() - started < 2
+    figure("malformed data files")
 
 
 PACKED: dict[str, tuple[Damage, str]] = {
@@ -162,6 +165,7 @@ def flipped(content: bytes, index: int) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("case", PACKED)
 def test_malformed_gzip(tmp_path: Path, case: str) -> None:
     source = write_mnist_like(tmp_path, "fashion_mnist", NUM_TRAIN, NUM_TEST, ".")
@@ -170,6 +174,7 @@ def test_malformed_gzip(tmp_path: Path, case: str) -> None:
     refused(source, tmp_path, f"{IMAGES}.gz", found)
 
 
+@pytest.mark.torture
 def test_gzip_bomb_takes_neither_time_nor_memory(tmp_path: Path) -> None:
     source = write_mnist_like(tmp_path, "fashion_mnist", NUM_TRAIN, NUM_TEST, ".")
     bomb = gzip_bomb(header(0x803, NUM_TRAIN, 28, 28))
@@ -179,6 +184,7 @@ def test_gzip_bomb_takes_neither_time_nor_memory(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket", "device", "dangling", "loop"])
 def test_not_a_file(tmp_path: Path, kind: str) -> None:
     source = write_mnist_like(tmp_path, "fashion_mnist", NUM_TRAIN, NUM_TEST, ".", "")
@@ -200,6 +206,7 @@ def test_not_a_file(tmp_path: Path, kind: str) -> None:
     with pytest.raises(DataError, match=LABELS):
         image_files.load(source, str(tmp_path))
     assert time.monotonic() - started < 2
+    figure("malformed data files")
 
 
 RECORDS: dict[str, tuple[Damage, str]] = {
@@ -214,6 +221,7 @@ RECORDS: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("case", RECORDS)
 def test_malformed_cifar_batch(tmp_path: Path, case: str) -> None:
     source = write_mnist_like(tmp_path, "cifar10", 100, 20, suffix="")
@@ -223,6 +231,7 @@ def test_malformed_cifar_batch(tmp_path: Path, case: str) -> None:
     refused(source, tmp_path, "data_batch_3.bin", found)
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("label", [0, 27])
 def test_letters_are_numbered_from_1_to_26(tmp_path: Path, label: int) -> None:
     source = write_mnist_like(tmp_path, "emnist-letters", 52, 26, suffix="")
@@ -232,6 +241,7 @@ def test_letters_are_numbered_from_1_to_26(tmp_path: Path, label: int) -> None:
     refused(source, tmp_path, file, f"expected labels from 1 to 26, found {label} at index 25")
 
 
+@pytest.mark.torture
 def test_one_flipped_bit_in_the_real_mnist(tmp_path: Path) -> None:
     here = Path(__file__).parents[2] / "shared" / "mnist"
     real = Path(os.environ.get("MNIST_CLI_DATA") or here)

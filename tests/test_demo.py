@@ -39,7 +39,6 @@ from mnist_cli.demo.server import MAX_CONNECTIONS, SIDE, answer_of
 from mnist_cli.trained import load
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
-pytest_plugins = ["faults"]
 
 Trained = Callable[..., Path]
 DIGITS = ("dataset=digits", "model=cnn", "epochs=10")

@@ -11,7 +11,6 @@ import faults
 import pytest
 from faults import TRAIN, Ended, Server, figure, many, state_of, temporaries, two_lines
 
-pytest_plugins = ["faults"]
 SHORT = (*TRAIN[:-1], "epochs=1", "--quiet")
 
 
@@ -43,6 +42,7 @@ def works_or(code: int, ended: Ended) -> bool:
 # --- open files ----------------------------------------------------------------------------------
 
 
+@pytest.mark.torture
 def test_a_few_open_files_are_enough_or_it_is_said(
     server: Server, run: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +97,7 @@ def test_without_a_temporary_folder_it_works_or_it_is_said(
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
+@pytest.mark.torture
 def test_a_temporary_folder_too_small_by_any_amount(
     server: Server, namespaces: None, run: Path, tmp_path: Path
 ) -> None:

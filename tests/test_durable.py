@@ -16,8 +16,7 @@ from faults import TRAIN, Server, figure, many, outcome_of, state_of, temporarie
 from mnist_cli import checkpoint, durable, run
 from mnist_cli.errors import LockedError, ResourceError
 
-pytest_plugins = ["faults"]
-SMALL = (*TRAIN[:-1], "epochs=2", "batch_size=500")  # 3 steps an epoch
+SMALL = (*TRAIN, "epochs=2", "batch_size=500")  # 3 steps an epoch
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +33,7 @@ def two_saves(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple
 # --- crashes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("mode", ["before", "after", "torn"])
 @pytest.mark.parametrize("place", ["fresh", "older"])
 def test_a_save_that_dies_at_any_system_call_leaves_the_old_file_or_the_new(
@@ -63,21 +63,22 @@ def test_a_save_that_dies_at_any_system_call_leaves_the_old_file_or_the_new(
     assert seen == sorted(seen), "once the new file is there, it stays"
     assert len(seen) >= 9, "unlink, open, write, fsync, close, replace; open, fsync, close"
     assert seen[0] is False and seen[-1] is True
-    done = faults.FIGURES.get("crash points of one save", {"done": 0})["done"]
-    figure("crash points of one save", done + len(seen))
+    figure("crash points of one save", len(seen))
 
 
+@pytest.mark.torture
 def test_a_run_that_dies_at_any_system_call_ends_as_if_it_had_not(
     server: Server, tmp_path: Path
 ) -> None:
     plain = tmp_path / "plain"
-    assert server.run(faults.program, [*SMALL, f"out={plain}", "--quiet"]).code == 0
+    run = (*SMALL, "report=true", "--quiet") if faults.TORTURE else (*SMALL, "--quiet")
+    assert server.run(faults.program, [*run, f"out={plain}"]).code == 0
     expected = outcome_of(plain)
     points = 0
     for mode in ("before", "after") if faults.TORTURE else ("before",):
         for at in range(1, 1000, many(7, 1)):
             folder = tmp_path / f"{mode}{at}"
-            words = [*SMALL, "resume=auto", f"out={folder}", "--quiet"]
+            words = [*run, "resume=auto", f"out={folder}"]
             code = server.run(faults.crash, words, at, mode).code
             if code == 0:
                 break
@@ -95,6 +96,7 @@ def test_a_run_that_dies_at_any_system_call_ends_as_if_it_had_not(
     figure("crash points of a whole run, resumed", points)
 
 
+@pytest.mark.torture
 def test_a_reader_sees_whole_files_only(
     server: Server, two_saves: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -149,6 +151,7 @@ def test_a_temporary_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"new" and not (tmp_path / "file").is_symlink()
 
 
+@pytest.mark.torture
 def test_a_disk_too_small_by_any_amount(server: Server, namespaces: None, tmp_path: Path) -> None:
     codes = {}
     for kibibytes in range(4, many(60, 132), many(10, 4)):
@@ -272,6 +275,7 @@ def test_a_second_run_in_the_folder_is_refused_with_the_pid_of_the_first(
         assert (folder / ".lock").read_text() == f"{os.getpid()}\n"
 
 
+@pytest.mark.torture
 def test_the_lock_of_a_killed_process_is_free_at_once(server: Server, tmp_path: Path) -> None:
     for _ in range(many(3, 50)):
         ready = tmp_path / "ready"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import Outcome, Program
 
-from mnist_cli import checkpoint, config, dataset, scoring
+from mnist_cli import checkpoint, dataset, options, scoring
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
 
@@ -158,7 +158,7 @@ def test_data_of_another_digest_is_said_so(
     run = trained(*NOISY)
     load = dataset.load
 
-    def other(source: config.DatasetConfig, seed: int) -> dataset.Dataset:
+    def other(source: options.DatasetConfig, seed: int) -> dataset.Dataset:
         data = load(source, seed)
         object.__setattr__(data.spec, "digest", "f" * 64)
         return data

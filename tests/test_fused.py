@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from test_sweep import board_of, busy, children_of, folders, kills_until_done, states
 
 from mnist_cli import checkpoint, stacked
-from mnist_cli.config import LinearModelConfig, MlpConfig, SweepConfig, TrainConfig, train_config
+from mnist_cli.config import SweepConfig, TrainConfig, train_config
+from mnist_cli.options import LinearModelConfig, MlpConfig
 from mnist_cli.run import RunFolder
 from mnist_cli.sweep import fused
 from mnist_cli.sweep.group import MAX_MEMBERS, WIDEST, groups, planned
@@ -27,13 +28,19 @@ from mnist_cli.sweep.group import MAX_MEMBERS, WIDEST, groups, planned
 if TYPE_CHECKING:
     from conftest import Program
 
-pytest_plugins = ["faults"]
 pytestmark = pytest.mark.usefixtures("empty_cwd")
 
-TINY = ("dataset=digits", "model=mlp", "model.hidden=[16]", "batch_size=64", "epochs=3")
+TINY = (
+    "dataset=digits",
+    "model=mlp",
+    "model.hidden=[16]",
+    "batch_size=64",
+    "epochs=3",
+    "report=false",
+)
 LINE = (
     "dataset=linear", "dataset.num_samples=300", "dataset.noise=0.1", "dataset.val_fraction=0.2",
-    "model=linear", "loss=mse", "optim=sgd", "batch_size=32", "epochs=5",
+    "model=linear", "loss=mse", "optim=sgd", "batch_size=32", "epochs=5", "report=false",
 )  # fmt: skip
 EIGHT = ("train", "-m", *TINY, "optim.lr=0.003,0.01", "seed=0,1,2,3", "--quiet")
 
@@ -359,6 +366,7 @@ def test_a_stack_that_is_cut_off_goes_on_as_one(mnist_cli: Program) -> None:
         )
 
 
+@pytest.mark.torture
 def test_a_stack_killed_at_any_instant_loses_no_finished_job(
     server: Server, eight: tuple[Path, float], tmp_path: Path
 ) -> None:

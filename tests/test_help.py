@@ -15,6 +15,7 @@ HEAVY = {
     "hydra",
     "inspect",
     "mnist_cli.config",
+    "mnist_cli.options",
     "omegaconf",
     "rich",
     "torch",

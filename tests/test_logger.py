@@ -31,7 +31,6 @@ from mnist_cli.run import RunFolder
 if TYPE_CHECKING:
     from conftest import Program
 
-pytest_plugins = ["faults"]
 ALL = ("tensorboard", "mlflow", "wandb")
 RUN = ("train", "dataset=digits", "model=mlp", "model.hidden=[16]", "device=cpu", "report=false")
 LINE = ("train", "dataset=linear", "model=linear", "loss=mse", "optim=sgd", "report=false")
@@ -428,6 +427,7 @@ def test_a_sweep_is_one_experiment(mnist_cli: Program, place: Path) -> None:
         assert len(tensorboard_of(folder).Scalars("epoch/lr")) == 1
 
 
+@pytest.mark.torture
 @pytest.mark.skipif(
     not faults.TORTURE, reason="two processes load everything; make torture runs it"
 )

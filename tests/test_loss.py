@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnist_cli.config import LossConfig, MseConfig, SmoothedLossConfig
 from mnist_cli.loss import Loss, build_loss
+from mnist_cli.options import LossConfig, MseConfig, SmoothedLossConfig
 
 Name = Literal["cross_entropy", "kl_div", "bce"]
 NAMES: tuple[Name, ...] = ("cross_entropy", "kl_div", "bce")

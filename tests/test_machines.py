@@ -34,10 +34,16 @@ from mnist_cli.sweep.search import Numbers, Search
 if TYPE_CHECKING:
     from conftest import Program
 
-pytest_plugins = ["faults"]
 pytestmark = pytest.mark.usefixtures("empty_cwd")
 
-TINY = ("dataset=digits", "model=mlp", "model.hidden=[16]", "batch_size=64", "epochs=2")
+TINY = (
+    "dataset=digits",
+    "model=mlp",
+    "model.hidden=[16]",
+    "batch_size=64",
+    "epochs=2",
+    "report=false",
+)
 GOOD_AND_BAD = ("train", "-m", *TINY, "optim.lr=0.1,1e30")
 LOCAL = "hydra/launcher=submitit_local"
 LONG = 100_000  # epochs; nobody waits for their end

@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mnist_cli.config import (
+from mnist_cli.errors import UsageError
+from mnist_cli.model import build_model, num_params
+from mnist_cli.model.dropout import Dropout
+from mnist_cli.options import (
     CnnConfig,
     CnnDeepConfig,
     CnnDropoutConfig,
@@ -17,9 +20,6 @@ from mnist_cli.config import (
     MlpConfig,
     ModelConfig,
 )
-from mnist_cli.errors import UsageError
-from mnist_cli.model import build_model, num_params
-from mnist_cli.model.dropout import Dropout
 
 LINEAR = LinearModelConfig(name="linear")
 MLP = MlpConfig(name="mlp", hidden=(512, 256), dropout=0.2)

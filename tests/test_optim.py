@@ -12,7 +12,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from mnist_cli.config import (
+from mnist_cli.optim import build_optimizer
+from mnist_cli.options import (
     AdadeltaConfig,
     AdagradConfig,
     AdamConfig,
@@ -20,7 +21,6 @@ from mnist_cli.config import (
     RmspropConfig,
     SgdConfig,
 )
-from mnist_cli.optim import build_optimizer
 from mnist_cli.typed import option_names, parse
 
 OPTIONS = Path(__file__).parents[1] / "conf" / "optim"

@@ -15,10 +15,9 @@ import pytest
 from conftest import ROOT, Program
 from faults import outcome_of, two_lines
 
-from mnist_cli import checkpoint, completion, config
+from mnist_cli import checkpoint, completion, options
 
-pytest_plugins = ["faults"]
-RUN = ("dataset=digits", "epochs=1", "--quiet")
+RUN = ("dataset=digits", "epochs=1", "report=false", "--quiet")
 MINE = ("model=tiny", "model.width=24", "optim=radam", "optim.lr=0.02", *RUN)
 
 
@@ -71,7 +70,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
         if any(str(place).startswith(str(folder)) for place in places):
             del sys.modules[name]
-    config.PLUGINS.clear()
+    options.PLUGINS.clear()
 
 
 @pytest.fixture
@@ -177,7 +176,7 @@ def test_options_are_unknown_again_on_the_next_line(mnist_cli: Program, mine: Pa
     )
     assert "there is no model 'tiny'" in mnist_cli("train", "model=tiny").error
     assert mnist_cli("train", "epochs=0").code == 2
-    assert config.PLUGINS == {}
+    assert options.PLUGINS == {}
 
 
 def test_a_configuration_file_can_name_a_plugin_but_not_load_it(
@@ -230,7 +229,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(mnist_cli: Program, mine: 
 HEAD = """
 from dataclasses import dataclass
 from typing import Literal
-from mnist_cli.config import *
+from mnist_cli.options import *
 """
 LINEAR = """
 @dataclass(frozen=True, kw_only=True)

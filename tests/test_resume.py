@@ -32,8 +32,6 @@ from mnist_cli import checkpoint, loop, train
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.console import Console
 
-pytest_plugins = ["faults"]
-
 OPTIMIZERS = {
     "momentum": ("optim=momentum",),
     "adamw": ("optim=adamw",),
@@ -123,6 +121,7 @@ def stops(tmp_path_factory: pytest.TempPathFactory) -> Stops:
 # --- the same bits -------------------------------------------------------------------------------
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_a_run_resumed_at_a_step_ends_with_the_same_bits(
@@ -131,9 +130,7 @@ def test_a_run_resumed_at_a_step_ends_with_the_same_bits(
     stops = Stops(tmp_path, *OPTIMIZERS[optim], *SCHEDULES[schedule])
     assert stops.steps == list(range(61)) and sorted(stops.lrs) == list(range(60))
     steps = (
-        range(60)
-        if faults.TORTURE
-        else {0, 20, *random.Random(optim + schedule).sample(range(60), 2)}
+        range(60) if faults.TORTURE else {0, *random.Random(optim + schedule).sample(range(60), 2)}
     )
     for step in steps:
         folder = stops.after(step, tmp_path / f"after{step}")
@@ -142,10 +139,10 @@ def test_a_run_resumed_at_a_step_ends_with_the_same_bits(
         assert outcome_of(folder) == stops.outcome, f"step {step}"
         shutil.rmtree(folder)
     assert_agrees(stops.folder)
-    done = faults.FIGURES.get("resumes at a step, 16 mixes", {"done": 0})["done"]
-    figure("resumes at a step, 16 mixes", done + len(steps))
+    figure("resumes at a step, 16 mixes", len(steps))
 
 
+@pytest.mark.torture
 def test_sigkill_at_any_instant_loses_nothing(server: Server, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     words = [*TRAIN, "save_every=5", "--quiet"]
@@ -174,6 +171,7 @@ def test_sigkill_at_any_instant_loses_nothing(server: Server, tmp_path: Path) ->
     figure("SIGKILL at a random instant of training, then resume", kills, runs=runs)
 
 
+@pytest.mark.torture
 def test_kills_before_the_first_save_leave_nothing_in_the_way(
     server: Server, tmp_path: Path
 ) -> None:
@@ -192,6 +190,7 @@ def test_kills_before_the_first_save_leave_nothing_in_the_way(
     assert not temporaries(folder)
 
 
+@pytest.mark.torture
 def test_one_job_alone_in_a_sweep_and_resumed_is_one_result(tmp_path: Path, stops: Stops) -> None:
     sweep = tmp_path / "sweep"
     ended = here("-m", *TRAIN, "seed=1,0", "save_every=1", f"out={sweep}", "--quiet")
@@ -206,6 +205,7 @@ def test_one_job_alone_in_a_sweep_and_resumed_is_one_result(tmp_path: Path, stop
     figure("one job alone, in a sweep and resumed: hashes", 1)
 
 
+@pytest.mark.torture
 def test_the_state_of_early_stopping_survives(tmp_path: Path) -> None:
     """At this rate nothing gets better: patience is used up at the same epoch."""
     stops = Stops(tmp_path, "epochs=8", "optim.lr=1e-12", "early_stop.patience=3", "batch_size=400")

@@ -11,7 +11,6 @@ from pathlib import Path
 import faults
 import pytest
 
-pytest_plugins = ["faults"]
 PACKAGE = faults.ROOT / "mnist_cli"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -169,7 +168,9 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "metrics": set(), "pictures": {"dataset"}, "scoring": {"dataset", "metrics", "loss"},
     },
     "ground": {
-        "__init__": set(), "conf": set(), "config": {"errors", "typed"}, "errors": set(),
+        "__init__": set(), "conf": set(), "config": {"errors", "typed", "options"}, "errors": set(),
+        "imports": set(),
+        "options": {"errors", "typed"},
         "console": {"errors"}, "runtime": {"errors"}, "signals": {"errors"}, "strict_json": set(),
         "typed": {"errors"}, "durable": {"errors"},
     },
@@ -178,9 +179,10 @@ ORDER = list(LAYERS)
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 HYDRA = ("compose", "explain", "hydra_main")
 TORCH_FREE = (
-    *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "typed", "errors",
-    "console", "signals", "sweep/__init__", "sweep/job", "sweep/pool", "sweep/board",
-    "sweep/leaderboard", "sweep/search", "sweep/group", "logger/__init__", "logger/wandb",
+    *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "options", "typed",
+    "errors", "imports", "console", "signals", "sweep/__init__", "sweep/job", "sweep/pool",
+    "sweep/board", "sweep/leaderboard", "sweep/search", "sweep/group", "logger/__init__",
+    "logger/wandb",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, StepLR
 
-from mnist_cli.config import (
+from mnist_cli.options import (
     ConstantConfig,
     CosineConfig,
     OnecycleConfig,

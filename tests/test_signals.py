@@ -15,7 +15,6 @@ import faults
 import pytest
 from faults import TRAIN, Server, figure, many, outcome_of, state_of, temporaries, two_lines
 
-pytest_plugins = ["faults"]
 LONG = (*TRAIN, "epochs=20", "--quiet")  # 400 steps, more than a second
 
 
@@ -27,6 +26,7 @@ def plain(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_step_and_the_run_goes_on_with_the_same_bits(
     server: Server, plain: Path, tmp_path: Path, number: int, code: int
@@ -60,6 +60,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_with_the_same_bits(
     figure(f"{name}, then resume", len(steps), slowest_ms=round(1000 * slowest_s))
 
 
+@pytest.mark.torture
 def test_a_second_signal_leaves_at_once_with_a_whole_checkpoint(
     server: Server, plain: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_second_signal_leaves_at_once_with_a_whole_checkpoint(
     figure("two signals at once, then resume", many(2, 50))
 
 
+@pytest.mark.torture
 def test_a_signal_inside_any_system_call_of_a_save(server: Server, tmp_path: Path) -> None:
     words = [*TRAIN, "epochs=2", "batch_size=500", "--quiet"]
     assert server.run(faults.program, [*words, f"out={tmp_path}/plain"]).code == 0

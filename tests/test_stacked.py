@@ -20,7 +20,15 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from mnist_cli import checkpoint, compose, loop, runtime, train
-from mnist_cli.config import (
+from mnist_cli.config import TrainConfig, train_config
+from mnist_cli.errors import DivergedError
+from mnist_cli.line import parse_line
+from mnist_cli.loop import Job
+from mnist_cli.loss import build_loss
+from mnist_cli.model.linear import Linear
+from mnist_cli.model.mlp import Mlp
+from mnist_cli.optim import build_optimizer, state_tensors
+from mnist_cli.options import (
     AdadeltaConfig,
     AdagradConfig,
     AdamConfig,
@@ -30,16 +38,7 @@ from mnist_cli.config import (
     RmspropConfig,
     SgdConfig,
     SmoothedLossConfig,
-    TrainConfig,
-    train_config,
 )
-from mnist_cli.errors import DivergedError
-from mnist_cli.line import parse_line
-from mnist_cli.loop import Job
-from mnist_cli.loss import build_loss
-from mnist_cli.model.linear import Linear
-from mnist_cli.model.mlp import Mlp
-from mnist_cli.optim import build_optimizer, state_tensors
 from mnist_cli.signals import SignalWatch
 from mnist_cli.stacked import Member, rounds
 from mnist_cli.stacked.loss import build_losses

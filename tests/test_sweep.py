@@ -35,7 +35,6 @@ from mnist_cli.sweep.job import record
 if TYPE_CHECKING:
     from conftest import Program
 
-pytest_plugins = ["faults"]
 pytestmark = pytest.mark.usefixtures("empty_cwd")
 
 # 22 steps an epoch; a job takes a tenth of a second.
@@ -70,7 +69,7 @@ SWEPT = {  # of one key: values of several types, a group, one that takes others
         )
     )
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_law_every_job_is_composed_as_it_is_alone(chosen: dict[str, list[str]]) -> None:
     words = [f"{key}={','.join(values)}" for key, values in chosen.items()]
     line = parse_line(["train", "-m", *words])
@@ -214,6 +213,7 @@ odd = st.recursive(
 KEYS = st.sampled_from(["status", "error", "seed", "best", "test", "time", "config_hash"])
 
 
+@pytest.mark.torture
 @settings(max_examples=many(100, 3000), deadline=None)
 @given(result=st.dictionaries(KEYS, odd) | odd, words=st.text(max_size=30))
 def test_any_file_can_lie_in_the_folder(
@@ -465,6 +465,7 @@ def assert_whole(sweep: Path, twelve: Path) -> None:
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.torture
 def test_a_sweep_killed_at_any_instant_loses_nothing(
     server: Server, twelve: tuple[Path, float], tmp_path: Path
 ) -> None:
@@ -656,8 +657,8 @@ def test_a_search_repeats_exactly(mnist_cli: Program, sampler: str) -> None:
     assert mnist_cli(*words, "sweep.resume=b").code in (0, 1)
     assert history(Path("a")) == history(Path("b"))
     assert len(history(Path("a"))) == 12
-    assert mnist_cli(*words, "out=c", "seed=1").code in (0, 1)
-    assert history(Path("a")) != history(Path("c"))
+    assert mnist_cli(*words, "out=c", "seed=1", "sweep.trials=2").code in (0, 1)
+    assert history(Path("a"))[:2] != history(Path("c"))
     before = states(Path("a"))
     assert mnist_cli(*words, "sweep.resume=a").code in (0, 1)
     assert states(Path("a")) == before
@@ -735,6 +736,7 @@ def test_a_regression_is_searched_downward(mnist_cli: Program) -> None:
     assert board["winner"]["mean"] == min(trial["values"][0] for trial in board["history"])
 
 
+@pytest.mark.torture
 def test_a_search_killed_at_any_instant_goes_on(server: Server, tmp_path: Path) -> None:
     words = [*SEARCH, "optim.lr=interval(0.01,0.1)", "sweep.trials=8"]
     whole = tmp_path / "whole"

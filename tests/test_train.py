@@ -23,8 +23,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TORTURE, Program
+from conftest import ROOT, Program
 from data_files import write_mnist_like
+from faults import TORTURE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -475,6 +476,7 @@ def test_a_profile_is_a_trace(mnist_cli: Program) -> None:
     assert equal(weights(Path("run")), weights(Path("plain")))
 
 
+@pytest.mark.torture
 @pytest.mark.skipif(not TORTURE, reason="takes 15 s: set MNIST_CLI_TORTURE=1")
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
 def test_a_compiled_model_learns_the_same(mnist_cli: Program) -> None:

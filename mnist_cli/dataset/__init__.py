@@ -25,16 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mnist_cli.config import (
-    DatasetConfig,
-    DigitsConfig,
-    LinearDatasetConfig,
-    PluginDatasetConfig,
-)
 from mnist_cli.dataset import digits, image_files, linear, split
 from mnist_cli.dataset.decode import Decoded, content_digest, described
 from mnist_cli.dataset.sources import source_of
 from mnist_cli.errors import DataError
+from mnist_cli.options import DatasetConfig, DigitsConfig, LinearDatasetConfig, PluginDatasetConfig
 
 __all__ = ["Dataset", "DatasetSpec", "Normalise", "Split", "load"]
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mnist_cli.config import LinearDatasetConfig
+from mnist_cli.options import LinearDatasetConfig
 
 SLOPE = 2.0
 EDGE = 2.0  # inputs lie between -EDGE and EDGE

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mnist_cli.config import EmnistConfig, ImageFilesConfig
 from mnist_cli.dataset import cifar, idx
 from mnist_cli.errors import DataError, UsageError
+from mnist_cli.options import EmnistConfig, ImageFilesConfig
 
 # SHA-256 of MNIST's unpacked files. Fashion-MNIST and KMNIST use the same names, counts and shapes.
 MNIST_SHA256 = {

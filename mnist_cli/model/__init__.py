@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from mnist_cli.config import (
+from mnist_cli.model.cnn import Cnn, CnnDeep, CnnDropout
+from mnist_cli.model.linear import Linear
+from mnist_cli.model.mlp import Mlp
+from mnist_cli.options import (
     CnnConfig,
     CnnDeepConfig,
     CnnDropoutConfig,
@@ -17,9 +20,6 @@ from mnist_cli.config import (
     ModelConfig,
     PluginModelConfig,
 )
-from mnist_cli.model.cnn import Cnn, CnnDeep, CnnDropout
-from mnist_cli.model.linear import Linear
-from mnist_cli.model.mlp import Mlp
 
 
 def build_model(config: ModelConfig, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_cli.config import LossConfig, MseConfig, SmoothedLossConfig
+from mnist_cli.options import LossConfig, MseConfig, SmoothedLossConfig
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist_cli import optim
-from mnist_cli.config import OptimConfig
+from mnist_cli.options import OptimConfig
 
 Tensors = dict[str, Tensor]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mnist_cli import runtime, schedule
-from mnist_cli.config import ScheduleConfig
 from mnist_cli.loop import Job
 from mnist_cli.model.linear import Linear
 from mnist_cli.model.mlp import Mlp
+from mnist_cli.options import ScheduleConfig
 from mnist_cli.stacked.loss import build_losses
 from mnist_cli.stacked.network import Network
 from mnist_cli.stacked.optimizer import Optimizer

@@ -8,17 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mnist_cli.config import (
-    LinearModelConfig,
-    MlpConfig,
-    PluginLossConfig,
-    PluginOptimConfig,
-    SweepConfig,
-    TrainConfig,
-    flatten,
-    to_plain,
-)
+from mnist_cli.config import SweepConfig, TrainConfig, flatten, to_plain
 from mnist_cli.errors import UsageError
+from mnist_cli.options import LinearModelConfig, MlpConfig, PluginLossConfig, PluginOptimConfig
 
 # What may differ between the members of a group, besides the schedule and the optimizer's numbers.
 FREE = {

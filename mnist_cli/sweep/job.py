@@ -22,6 +22,7 @@ from mnist_cli import run as runs
 from mnist_cli.config import Config, SweepConfig, TrainConfig, config_hash
 from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted, MnistCliError, PrunedError, UsageError, one_line
+from mnist_cli.imports import uncollected
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
 from mnist_cli.sweep import leaderboard
@@ -139,7 +140,8 @@ def run_job(
     Raises:
         Interrupted: by a signal, after a checkpoint was written.
     """
-    from mnist_cli import train
+    with uncollected():
+        from mnist_cli import train
 
     config, started_s = job.config, time.monotonic()
     assert isinstance(config, TrainConfig)
@@ -167,7 +169,8 @@ def run_jobs(
         Interrupted: by a signal, after checkpoints were written and `on_end` was told.
     """
     if len(jobs) > 1:
-        from mnist_cli.sweep import fused
+        with uncollected():
+            from mnist_cli.sweep import fused
 
         return fused.run(jobs, signals, on_epoch, on_end)
     [job] = jobs
