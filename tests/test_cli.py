@@ -269,6 +269,7 @@ def test_enough_lines_are_malformed() -> None:
     assert len({line for line, _, _ in MALFORMED}) == len(MALFORMED) >= 40
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize(("line", "error", "hint"), MALFORMED, ids=[row[0] for row in MALFORMED])
 def test_a_malformed_line(mnist_cli: Program, line: str, error: str, hint: str) -> None:
     outcome = mnist_cli(*shlex.split(line))
@@ -279,6 +280,7 @@ def test_a_malformed_line(mnist_cli: Program, line: str, error: str, hint: str) 
         assert f"did you mean {unknown[1]}=" not in outcome.hint
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("line", [row[0] for row in MALFORMED])
 def test_a_malformed_line_as_json(mnist_cli: Program, line: str) -> None:
     outcome = mnist_cli("--json", *shlex.split(line))

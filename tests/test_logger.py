@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,8 +101,10 @@ def mlflow_of(folder: Path) -> tuple[Any, Any]:
     from mlflow import MlflowClient
 
     store = Path("outputs/mlflow/mlflow.db").absolute()
-    client = MlflowClient(tracking_uri=f"sqlite:///{store}")
-    return client, client.get_run((folder / "mlflow_run.txt").read_text().strip())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of SQLAlchemy, at MLflow's first question
+        client = MlflowClient(tracking_uri=f"sqlite:///{store}")
+        return client, client.get_run((folder / "mlflow_run.txt").read_text().strip())
 
 
 def wandb_of(folder: Path) -> tuple[dict[int, dict[str, float]], dict[str, Any], Any]:
