@@ -25,6 +25,9 @@ REAL_MNIST = Path(os.environ.get("MNIST_CLI_DATA") or ROOT.parent / "shared" / "
 # tests stall with several threads on busy cores, and bits are only equal with equal threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What a shell starts in the background ignores SIGINT, and programs of a test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_collection_finish() -> None:
     """All modules are loaded: the collector need not walk through them in every test."""
