@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from test_help import HEAVY
 
 import mnist_cli
 from mnist_cli import completion, conf, config
@@ -200,17 +201,7 @@ def test_loads_nothing_heavy() -> None:
         check=True,
     )
     assert "model.hidden=" in result.stdout.split()
-    heavy = {
-        "dataclasses",
-        "hydra",
-        "inspect",
-        "mnist_cli.config",
-        "mnist_cli.options",
-        "omegaconf",
-        "torch",
-        "yaml",
-    }
-    assert not heavy & set(result.stdout.split())
+    assert not HEAVY & set(result.stdout.split())
 
 
 # --- the real shells -----------------------------------------------------------------------------

@@ -160,7 +160,8 @@ def test_digits_are_the_known_ones_and_cached_without_sklearn(private_cache: Pat
     assert torch.equal(other.test.inputs, data.test.inputs) and other.spec == data.spec
     assert not torch.equal(other.val.inputs, data.val.inputs)
     program = (
-        "import sys; from mnist_cli.options import DigitsConfig;from mnist_cli.dataset import load;"
+        "import sys; from mnist_cli.options import DigitsConfig;"
+        "from mnist_cli.dataset import load;"
         "print(load(DigitsConfig(name='digits', val_fraction=0.1), 0).spec.digest,"
         " sorted({'sklearn', 'torchvision', 'PIL', 'hydra'} & set(sys.modules)))"
     )
