@@ -53,8 +53,7 @@ class Network:
         self.drops = any(rates)
         like = self.layers[0].bias
         shape = (num_lanes, -1, 1, 1)
-        self._threshold = like.new_tensor(list(map(threshold_of, rates)), dtype=torch.int16)
-        self._threshold = self._threshold.view(shape)
+        self._threshold = like.new_tensor(list(map(threshold_of, rates))).view(shape)
         self._scale = like.new_tensor(list(map(scale_of, rates))).view(shape)
 
     def forward(self, inputs: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -80,8 +79,12 @@ class Network:
         """As model.dropout does on (B, features), with the draws of each lane's generator."""
         _, features, num_rows = x.shape
         draws = torch.stack([draw(x[0].numel(), x.device, lane) for lane in generators])
-        draws = draws.view(self.num_lanes, 1, num_rows, features).mT.contiguous()
-        return x * ((draws >= self._threshold) * self._scale).flatten(0, 1)
+        draws = draws.view(self.num_lanes, 1, num_rows, features).mT
+        mask = torch.empty_like(x).view(self.num_lanes, -1, features, num_rows)
+        torch.ge(
+            draws.to(x.dtype, memory_format=torch.contiguous_format), self._threshold, out=mask
+        )
+        return x * mask.mul_(self._scale).view(x.shape)
 
 
 def _linear(x: Tensor, layer: Layer) -> Tensor:
