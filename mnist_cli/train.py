@@ -185,7 +185,7 @@ def prepare(
     """Device, data, model, loss and optimizer; as they stood at the checkpoint `before`, if any."""
     times = {"startup_s": time.monotonic() - started_s}
     device = runtime.resolve_device(config.device, config.precision)
-    runtime.keep_freed_memory()
+    runtime.set_up_cpu()
     with timed(times, "data_s"):
         data = load(config.dataset, config.seed, device)
     runtime.reseed(torch.device("cpu"), runtime.counted_seed(config.seed, "init"))

@@ -104,7 +104,7 @@ def load(checkpoint: str, device_name: str, console: Console) -> Trained:
     """
     path = checkpoints.find(checkpoint)
     device = runtime.resolve_device(device_name)
-    runtime.keep_freed_memory()
+    runtime.set_up_cpu()
     if path.suffix == ".onnx":
         exported = onnx_file.load(path)
         return Trained(path, exported.config, exported.spec, None, exported.answer)

@@ -375,6 +375,17 @@ def program_with_threads(words: list[str], threads: int) -> int:
     return cli.main(words)
 
 
+def flush_denormals(threads: int) -> None:
+    """Multiply a number below 1e-38 by 1, in each of so many threads."""
+    import torch
+
+    from mnist_cli import runtime
+
+    runtime.set_up_cpu()
+    torch.set_num_threads(threads)
+    assert not (torch.full((2**20 * threads,), 1e-40) * 1).any()
+
+
 def program_in(folder: str, words: list[str]) -> int:
     """The program, started in `folder`."""
     os.chdir(folder)
@@ -580,6 +591,7 @@ JOBS: dict[str, Callable[..., Any]] = {
         program_as_plain_user,
         program_without_temporary_folder,
         program_with_threads,
+        flush_denormals,
         program_on_small_disk,
         program_on_read_only,
         program_without_folder,
