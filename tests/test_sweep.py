@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnist_cli import compose, durable
+from mnist_cli import compose, durable, multirun
 from mnist_cli.compose import PARSERS
 from mnist_cli.line import parse_line
 from mnist_cli.run import RunFolder
@@ -75,7 +75,7 @@ def test_law_every_job_is_composed_as_it_is_alone(chosen: dict[str, list[str]]) 
     line = parse_line(["train", "-m", *words])
     with compose.initialized(line):
         parsed = OverridesParser.create().parse_overrides(words)
-        for job in compose.sweep_jobs(line, parsed):
+        for job in multirun.sweep_jobs(line, parsed):
             alone = hydra.compose("train", list(job.words))
             assert job.config == compose.checked(line, alone)
 
