@@ -153,9 +153,10 @@ def _check_jobs(
         plain = [o for o in parsed if not re.match(r"hydra\b", o.key_or_group)]
         listed = [o for o in plain if not o.is_sweep_override() or o.is_discrete_sweep()]
         _refuse_own_keys(listed)
-        settings = multirun.sweep_settings(line, [*listed, *of_hydra])
+        composer = multirun.Composer(line, listed)
+        settings = multirun.sweep_settings(composer, [*listed, *of_hydra])
         launchers = [o.value() for o in of_hydra if o.key_or_group == LAUNCHER]
-        return multirun.sweep_jobs(line, listed), settings, str([BASIC, *launchers][-1])
+        return multirun.sweep_jobs(composer, listed), settings, str([BASIC, *launchers][-1])
 
 
 def _refuse_own_keys(parsed: Sequence[Override]) -> None:

@@ -7,7 +7,7 @@ and each choice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -41,15 +41,16 @@ def run(line: Line, console: Console) -> int:
     """
     with hydra_errors(line), compose.initialized(line):
         parsed = OverridesParser.create().parse_overrides(compose.overrides_of(line))
-        settings = sweep_settings(line, parsed)
+        composer = Composer(line, parsed)
+        settings = sweep_settings(composer, parsed)
         is_search = settings is not None and settings.search == "optuna"
-        jobs = [] if is_search else sweep_jobs(line, parsed)
+        jobs = [] if is_search else sweep_jobs(composer, parsed)
     if settings is None:
         return sweep.each(
             jobs, console, lambda job, inner: compose.command(job.config, job.typed, inner)
         )
     if is_search:
-        return _search(line, parsed, settings, console)
+        return _search(composer, parsed, settings, console)
     return sweep.run(jobs, settings, console, draw_typed, compose.draw_sweep)
 
 
@@ -59,10 +60,56 @@ def draw_typed(job: Job, document: dict[str, Any], console: Console) -> None:
         compose.draw_report(job.config, document, console)
 
 
+class Composer:
+    """Composes what a sweep asks for, most of it without Hydra, which takes a tenth of a second.
+
+    Words that only set the same keys to other values take the configuration of the first such and
+    set theirs, as Hydra does in the end.
+
+    Args:
+        parsed: the overrides of `line`. Its keys `sweep.*` are composed with every job, so that the
+            configuration in which they are looked up is that of the first job too.
+    """
+
+    def __init__(self, line: Line, parsed: Sequence[Override]) -> None:
+        self.line, self._parser = line, OverridesParser.create()
+        self._own = [o.input_line or "" for o in parsed if is_sweep_key(o)]
+        self._alike: dict[frozenset[str], DictConfig] = {}
+
+    def job(self, words: Sequence[str]) -> Job:
+        """The job of `words`, checked. Raises UsageError."""
+        composed = self.composed([*self._own, *words])
+        return Job(tuple(words), compose.checked(self.line, composed))
+
+    def composed(self, words: Sequence[str]) -> DictConfig:
+        """What Hydra makes of `words`."""
+        parsed = self._parser.parse_overrides(list(words))
+        values = [override for override in parsed if self._sets_value(override)]
+        shape = frozenset(
+            (override.key_or_group if override in values else override.input_line) or ""
+            for override in parsed
+        )
+        if shape not in self._alike:
+            self._alike[shape] = compose.compose(self.line, words)
+        config = copy.deepcopy(self._alike[shape])
+        for override in values:
+            OmegaConf.update(config, override.key_or_group, override.value())
+        return config
+
+    def _sets_value(self, override: Override) -> bool:
+        """Whether `override` surely does no more: a foreign folder may hold groups of any name, and
+        a dict is merged into what is there. What is Hydra's own isn't in a configuration.
+        """
+        is_key = override.package is None and override.key_or_group not in conf.GROUPS
+        is_value = override.type is OverrideType.CHANGE and not isinstance(override.value(), dict)
+        is_ours = not override.is_hydra_override() and not self.line.config_dirs
+        return is_key and is_value and is_ours
+
+
 # --- the jobs of a sweep -------------------------------------------------------------------------
 
 
-def sweep_settings(line: Line, parsed: Sequence[Override]) -> SweepConfig | None:
+def sweep_settings(composer: Composer, parsed: Sequence[Override]) -> SweepConfig | None:
     """The keys `sweep.*`, which only `train` has. Raises UsageError."""
     own = [override for override in parsed if is_sweep_key(override)]
     for override in own:
@@ -72,7 +119,7 @@ def sweep_settings(line: Line, parsed: Sequence[Override]) -> SweepConfig | None
                 "type one value",
             )
     words = [_first_word(override) for override in parsed]
-    data = OmegaConf.to_container(compose.compose(line, words), resolve=True)
+    data = OmegaConf.to_container(composer.composed(words), resolve=True)
     assert isinstance(data, dict)
     settings = sweep_config(data["sweep"]) if "sweep" in data else None
     for override in own:
@@ -97,8 +144,8 @@ def _first_word(override: Override) -> str:
     return f"{override.get_key_element()}={first}"
 
 
-def sweep_jobs(line: Line, parsed: Sequence[Override]) -> list[Job]:
-    """Every job of a sweep, composed and checked before the first one starts."""
+def sweep_jobs(composer: Composer, parsed: Sequence[Override]) -> list[Job]:
+    """Every job of a sweep. Raises UsageError."""
     swept = [override for override in parsed if not is_sweep_key(override)]
     for override in swept:
         if override.is_interval_sweep():
@@ -107,59 +154,26 @@ def sweep_jobs(line: Line, parsed: Sequence[Override]) -> list[Job]:
                 "type a list of values, or add sweep.search=optuna to search in it",
             )
     combinations = BasicSweeper.split_arguments(swept, None)[0]
-    distinct = dict.fromkeys(tuple(words) for words in combinations)
-    composed = _compose_each(line, list(distinct))
-    jobs = [
-        Job(words, compose.checked(line, one))
-        for words, one in zip(distinct, composed, strict=True)
-    ]
+    jobs = [composer.job(words) for words in dict.fromkeys(map(tuple, combinations))]
     if not jobs:
         raise UsageError("the sweep has no jobs: a key has no values", "type key=a,b with -m")
     return jobs
 
 
-def _compose_each(line: Line, jobs: Sequence[Sequence[str]]) -> Iterator[DictConfig]:
-    """Compose each, which takes a tenth of a second: jobs that only set the same keys to other
-    values take the configuration of the first and set theirs, as Hydra does in the end.
-    """
-    parser, alike = OverridesParser.create(), dict[tuple[str | None, ...], DictConfig]()
-    for words in jobs:
-        parsed = parser.parse_overrides(list(words))
-        values = [override for override in parsed if _sets_value(line, override)]
-        shape = tuple(
-            override.key_or_group if override in values else override.input_line
-            for override in parsed
-        )
-        if shape not in alike:
-            alike[shape] = compose.compose(line, words)
-        config = copy.deepcopy(alike[shape])
-        for override in values:
-            OmegaConf.update(config, override.key_or_group, override.value())
-        yield config
-
-
-def _sets_value(line: Line, override: Override) -> bool:
-    """Whether `override` surely does no more: a foreign folder may hold groups of any name, and a
-    dict is merged into what is there.
-    """
-    is_key = override.package is None and override.key_or_group not in conf.GROUPS
-    is_value = override.type is OverrideType.CHANGE and not isinstance(override.value(), dict)
-    return is_key and is_value and not line.config_dirs
-
-
 # --- a search ------------------------------------------------------------------------------------
 
 
-def _search(line: Line, parsed: Sequence[Override], settings: SweepConfig, console: Console) -> int:
+def _search(
+    composer: Composer, parsed: Sequence[Override], settings: SweepConfig, console: Console
+) -> int:
     """A search, once the ends of every range and each choice are known to compose."""
     last = {override.key_or_group: override for override in parsed if not is_sweep_key(override)}
     swept = list(last.values())  # of a key that is typed twice the last value counts
     fixed = [override.input_line or "" for override in swept if not override.is_sweep_override()]
 
     def make_job(words: Sequence[str]) -> Job:
-        with hydra_errors(line), compose.initialized(line):
-            composed = compose.compose(line, [*fixed, *words])
-            return Job((*fixed, *words), compose.checked(line, composed))
+        with hydra_errors(composer.line), compose.initialized(composer.line):
+            return composer.job([*fixed, *words])
 
     space = search_space(swept)
     middle = {part.key: part.ends[0] for part in space}
