@@ -28,8 +28,10 @@ from mnist_cli.config import (
     demo_config,
     eval_config,
     export_config,
+    flatten,
     predict_config,
     report_config,
+    to_plain,
     train_config,
 )
 from mnist_cli.console import Console
@@ -38,7 +40,7 @@ from mnist_cli.explain import hydra_errors, no_such_key
 from mnist_cli.imports import uncollected
 from mnist_cli.line import Line
 from mnist_cli.run import RunFolder, quoted
-from mnist_cli.typed import UnknownKeyError
+from mnist_cli.typed import UnknownKeyError, unknown_key
 
 IS_13 = hydra.__version__.startswith("1.3")
 LIST_KEYS = ("plugin", "logger")  # one name may be typed without brackets
@@ -215,7 +217,23 @@ def checked(line: Line, composed: DictConfig) -> Any:
         raise no_such_key(line, error.key) from None
     if isinstance(config, TrainConfig):
         logger.require(config.logger)
+        _check_allowed(line, config)
     return config
+
+
+def _check_allowed(line: Line, config: TrainConfig) -> None:
+    """Raises UsageError: `resume_allow` names what is neither a key, of any option, nor a block.
+
+    Not part of `train_config`, which reads checkpoints too: their words were right when typed.
+    """
+    if not config.resume_allow:
+        return
+    known = conf.known_keys("train", line.config_dirs)
+    keys = {*known, *flatten(to_plain(config))}
+    blocks = {key.partition(".")[0] for key in keys}
+    for name in config.resume_allow:
+        if name not in keys | blocks:
+            raise unknown_key(name, known)
 
 
 def _groups_of_run(line: Line) -> list[str]:
