@@ -1,8 +1,8 @@
 """The door: from the words on the command line to a command, and from its end to an exit code.
 
 Nothing heavy is imported here. `--help`, `--version`, `list`, completion and an unknown command are
-answered from file names; only a command that composes a configuration imports Hydra (`compose.py`),
-and only one that trains, evaluates or exports imports torch.
+answered from file names; only a command that composes a configuration imports Hydra, and only one
+that trains, evaluates or exports imports torch.
 """
 
 from __future__ import annotations
@@ -114,10 +114,28 @@ def _dispatch(line: Line, console: Console, started_s: float) -> int:
         data = usage.list_data(group, line.config_dirs)
         console.answer(usage.list_text(group, line.config_dirs), data)
     else:
-        from mnist_cli.imports import uncollected
-
-        with uncollected():
-            from mnist_cli import compose
-
-        return compose.run(line, console, started_s)
+        return _run(line, console, started_s)
     return 0
+
+
+def _run(line: Line, console: Console, started_s: float) -> int:
+    """Run a command that has a configuration. Hydra is imported here.
+
+    Whatever speaks of Hydra itself (`--cfg`, `--info`, a launcher, a sweeper, a `hydra.` key) goes
+    through `hydra.main`, so that all of Hydra works as its documentation says.
+    """
+    from mnist_cli.imports import uncollected
+
+    if line.is_multirun and line.command == "demo":
+        raise UsageError("demo shows one checkpoint, and -m asks for several", "leave -m away")
+    with uncollected():
+        from mnist_cli import compose
+    if line.speaks_of_hydra:
+        from mnist_cli import hydra_main
+
+        return hydra_main.run(line, console)
+    if line.is_multirun:
+        from mnist_cli import multirun
+
+        return multirun.run(line, console)
+    return compose.run(line, console, started_s)

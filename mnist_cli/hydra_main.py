@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_cli import compose, conf, durable, plugin, sweep
+from mnist_cli import compose, conf, durable, multirun, plugin, sweep
 from mnist_cli.config import SweepConfig, TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted, UsageError, shown
@@ -35,8 +35,9 @@ BASIC = "basic"  # Hydra's own launcher: one job after the other, in this proces
 SHOWING = {"-c", "--cfg", "-i", "--info", "--hydra-help"}
 
 
-def run(line: Line, overrides: Sequence[str], console: Console) -> int:
+def run(line: Line, console: Console) -> int:
     """Run `line` through `hydra.main`. Raises what the command raises, and UsageError."""
+    overrides = compose.overrides_of(line)
     if line.hydra_flags & SHOWING:
         return _show(line, overrides, console)
     if line.is_multirun:
@@ -105,7 +106,7 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
             label, number = sweep.difference(job, shared), config.job.num + 1
             place = Path(config.sweep.dir)
             document = sweep.run_launched(job, place, label, number, num_jobs, console)
-            compose.draw_typed(job, document, console)
+            multirun.draw_typed(job, document, console)
         else:
             call = partial(compose.command, job.config, job.typed, console)
             document = sweep.outcome_of(job, call, console)
@@ -152,9 +153,10 @@ def _check_jobs(
         plain = [o for o in parsed if not re.match(r"hydra\b", o.key_or_group)]
         listed = [o for o in plain if not o.is_sweep_override() or o.is_discrete_sweep()]
         _refuse_own_keys(listed)
-        settings = compose.sweep_settings(line, [*listed, *of_hydra])
+        composer = multirun.Composer(line, listed)
+        settings = multirun.sweep_settings(composer, [*listed, *of_hydra])
         launchers = [o.value() for o in of_hydra if o.key_or_group == LAUNCHER]
-        return compose.sweep_jobs(line, listed), settings, str([BASIC, *launchers][-1])
+        return multirun.sweep_jobs(composer, listed), settings, str([BASIC, *launchers][-1])
 
 
 def _refuse_own_keys(parsed: Sequence[Override]) -> None:

@@ -58,6 +58,13 @@ class Line(NamedTuple):
             self.overrides
         )
 
+    @property
+    def speaks_of_hydra(self) -> bool:
+        """Whether the line asks for more of Hydra than composing."""
+        plain = {"-m", "--multirun", "-cd", "--config-dir", "-r", "--run"}
+        words = (re.match(r"[+~]{0,2}hydra[./=@]", word) for word in self.overrides)
+        return not self.hydra_flags <= plain or any(words)
+
 
 def parse_line(words: list[str]) -> Line:
     """Take the command line apart.

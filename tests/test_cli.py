@@ -118,6 +118,9 @@ MALFORMED = [
     ("train hydra/launcher=nope", "'nope'", "basic"),
     # keys
     ("train lr=0.1", "'lr'", "did you mean optim.lr=...?"),
+    ("train resume_allow=[optim.lrr]", "unknown key 'optim.lrr'", "did you mean optim.lr=...?"),
+    ("train -m seed=0,1 resume_allow=[epoch]", "unknown key 'epoch'", "did you mean epochs=...?"),
+    ("train resume_allow=[epochs,modell]", "unknown key 'modell'", "did you mean model=...?"),
     ("train optim.lrr=0.1", "'optim.lrr'", "did you mean optim.lr=...?"),
     ("train +optim.lrr=0.1", "'optim.lrr'", "did you mean optim.lr=...?"),
     ("train ++optim.lrr=0.1", "'optim.lrr'", "did you mean optim.lr=...?"),
@@ -516,6 +519,17 @@ def test_the_defaults_are_those_of_the_contract(mnist_cli: Program) -> None:
     groups = [getattr(config, group).name for group in conf.GROUPS]
     assert groups == ["cnn", "adam", "cross_entropy", "mnist", "constant"]
     assert (config.epochs, config.batch_size, config.optim.lr) == (10, 64, 0.001)
+
+
+@pytest.mark.usefixtures("no_run")
+def test_resume_allow_takes_every_key_and_block(mnist_cli: Program, tmp_path: Path) -> None:
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "mine.yaml").write_text("# mine\ndefaults:\n  - adam\nspeed: 1\n")
+    names = [*conf.known_keys("train"), "early_stop", "schedule.name", "optim.speed"]
+    words = ("train", f"resume_allow=[{','.join(names)}]")
+    config = composed(mnist_cli, *words, "--config-dir", str(tmp_path))
+    assert isinstance(config, TrainConfig) and config.resume_allow == tuple(names)
+    assert mnist_cli(*words).error == "unknown key 'optim.speed'"
 
 
 @pytest.mark.usefixtures("no_run")

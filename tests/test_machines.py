@@ -20,16 +20,14 @@ from typing import TYPE_CHECKING, Any
 import faults
 import optuna
 import pytest
-import yaml
 from faults import Child, Ended, Server, outcome_of, two_lines
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
 from mnist_cli import durable
-from mnist_cli.compose import PARSERS
 from mnist_cli.config import SweepConfig
-from mnist_cli.sweep.job import Job
-from mnist_cli.sweep.search import Numbers, Search
+from mnist_cli.sweep.space import Numbers
+from mnist_cli.sweep.study import Study
 
 if TYPE_CHECKING:
     from conftest import Program
@@ -306,34 +304,31 @@ def test_what_a_killed_process_was_at_is_taken_up_by_the_other(
 
 
 def test_the_last_trial_is_begun_once_however_close_two_come(
-    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = PARSERS["train"](yaml.safe_load((trained(*TINY) / "config.yaml").read_text()))
     settings = SweepConfig(
         jobs=1, fused="auto", resume=None, fail_fast=False, search="optuna", trials=3,
         sampler="random", pruner="none", objectives=(),
     )  # fmt: skip
     space = [Numbers("optim.lr", 0.01, 0.1, None, False)]
 
-    def plan_in(shared: durable.SharedFolder) -> Search:
+    def study_in(shared: durable.SharedFolder) -> Study:
         with shared.door():
-            return Search(
-                shared, space, lambda words: Job((), config), settings, ["val_loss"], config
-            )
+            return Study(tmp_path, space, settings, ["val_loss"], 0, shared.arrive())
 
     with durable.SharedFolder(tmp_path) as here, durable.SharedFolder(tmp_path) as there:
-        one, other = plan_in(here), plan_in(there)
-        assert one._ask() is not None and other._ask() is not None
+        one, other = study_in(here), study_in(there)
+        assert one.ask() is not None and other.ask() is not None
         ask = one._study.ask
 
         def ask_late() -> optuna.Trial:
-            assert other._ask() is not None
+            assert other.ask() is not None
             return ask()
 
         monkeypatch.setattr(one._study, "ask", ask_late)
-        assert one._ask() is None
-        assert one._ask() is None and other._ask() is None
-        assert len(one._counted()) == len(other._counted()) == 3
+        assert one.ask() is None
+        assert one.ask() is None and other.ask() is None
+        assert len(one.counted()) == len(other.counted()) == 3
         assert one.num_own == 1 and other.num_own == 2
 
 

@@ -149,9 +149,11 @@ def test_an_entry_point_is_loaded_in_one_place_alone() -> None:
 # A room may import the rooms below it; of its own layer only what stands beside it.
 LAYERS: dict[str, dict[str, set[str]]] = {
     "door": {
-        "__main__": {"cli"}, "cli": {"line", "help", "completion", "compose"},
-        "compose": {"line", "explain", "hydra_main"}, "explain": {"line"},
-        "hydra_main": {"compose", "line", "explain"}, "line": set(), "help": {"line"},
+        "__main__": {"cli"},
+        "cli": {"line", "help", "completion", "compose", "multirun", "hydra_main"},
+        "compose": {"line", "explain"}, "explain": {"line"},
+        "multirun": {"compose", "line", "explain"},
+        "hydra_main": {"compose", "multirun", "line", "explain"}, "line": set(), "help": {"line"},
         "completion": {"line"},
     },
     "commands": {
@@ -177,12 +179,12 @@ LAYERS: dict[str, dict[str, set[str]]] = {
 }  # fmt: skip
 ORDER = list(LAYERS)
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
-HYDRA = ("compose", "explain", "hydra_main")
+HYDRA = ("compose", "explain", "hydra_main", "multirun")
 TORCH_FREE = (
     *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "options", "typed",
     "errors", "imports", "console", "signals", "sweep/__init__", "sweep/job", "sweep/pool",
-    "sweep/board", "sweep/leaderboard", "sweep/search", "sweep/group", "logger/__init__",
-    "logger/wandb",
+    "sweep/board", "sweep/leaderboard", "sweep/search", "sweep/space", "sweep/study", "sweep/group",
+    "logger/__init__", "logger/wandb",
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnist_cli import compose, durable
+from mnist_cli import compose, durable, multirun
 from mnist_cli.compose import PARSERS
 from mnist_cli.line import parse_line
 from mnist_cli.run import RunFolder
@@ -67,15 +67,22 @@ SWEPT = {  # of one key: values of several types, a group, one that takes others
         lambda keys: st.fixed_dictionaries(
             {key: st.lists(st.sampled_from(SWEPT[key]), min_size=1, unique=True) for key in keys}
         )
-    )
+    ),
+    st.sampled_from([[], ["sweep.jobs=2"], ["sweep.jobs=2", "optim.lr=0.3"]]),
 )
 @settings(max_examples=12, deadline=None)
-def test_law_every_job_is_composed_as_it_is_alone(chosen: dict[str, list[str]]) -> None:
-    words = [f"{key}={','.join(values)}" for key, values in chosen.items()]
+def test_law_every_job_is_composed_as_it_is_alone(
+    chosen: dict[str, list[str]], before: list[str]
+) -> None:
+    words = [*before, *(f"{key}={','.join(values)}" for key, values in chosen.items())]
     line = parse_line(["train", "-m", *words])
     with compose.initialized(line):
         parsed = OverridesParser.create().parse_overrides(words)
-        for job in compose.sweep_jobs(line, parsed):
+        composer = multirun.Composer(line, parsed)
+        found = multirun.sweep_settings(composer, parsed)
+        assert found is not None and found.jobs == (2 if before else 1)
+        for job in multirun.sweep_jobs(composer, parsed):
+            assert not any(word.startswith("sweep.") for word in job.words)
             alone = hydra.compose("train", list(job.words))
             assert job.config == compose.checked(line, alone)
 

@@ -6,6 +6,8 @@
     fused        such a stack
     worker       such a process
     search       Optuna in place of a list of jobs
+    space        what it may choose from
+    study        what Optuna knows of it
     board        what a person sees meanwhile
     leaderboard  what came of it, made of what lies in the folder
 
@@ -29,7 +31,7 @@ from mnist_cli.config import SweepConfig, TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import MnistCliError, SweepError
 from mnist_cli.run import RunFolder
-from mnist_cli.sweep import group, leaderboard, pool
+from mnist_cli.sweep import group, leaderboard, pool, study
 from mnist_cli.sweep import search as searching
 from mnist_cli.sweep.board import Board
 from mnist_cli.sweep.job import (
@@ -45,7 +47,8 @@ from mnist_cli.sweep.job import (
     run_job,
     shared_words,
 )
-from mnist_cli.sweep.search import Search, Space
+from mnist_cli.sweep.search import Search
+from mnist_cli.sweep.space import Space
 
 DrawSweep = Callable[[Any, Path, Console], None]  # of the configuration of a job, and the folder
 
@@ -135,23 +138,21 @@ def run_search(
         UsageError: nothing was written.
     """
     assert isinstance(first.config, TrainConfig)
-    objectives = searching.check(settings, first.config)
-    if settings.sampler == "grid":
-        searching.check_grid(space)
+    objectives = searching.check(settings, space, first.config)
     folder = folder_of([first], settings)
     assert folder is not None
     with durable.SharedFolder(folder) as shared:
         with shared.door():
             plan = Search(shared, space, make_job, settings, objectives, first.config)
         with console.live_table() as live:
-            plan.board = Board(console, live, settings.trials, plan.num_done)
+            plan.board = Board(console, live, settings.trials, plan.study.num_done)
             stopped_by = pool.run(plan, settings.jobs)
         if stopped_by is None:
             for document in plan.documents:
                 draw(first, document, console)
         with shared.door():  # the last of several that end writes what all have left
-            documents, summary = plan.documents, plan.summary()
-            code = finish(console, folder, documents, plan.num_own, stopped_by, summary)
+            documents, summary = plan.documents, plan.study.summary()
+            code = finish(console, folder, documents, plan.study.num_own, stopped_by, summary)
             if stopped_by is None:
                 draw_sweep(first.config, folder, console)
             return code
@@ -272,7 +273,7 @@ def finish(
     leaderboard.write(folder, board)
     leaderboard.show(board, console)
     if of_search is not None:
-        searching.show(board, console.say)
+        study.show(board, console.say)
     console.say(f"sweep    {folder}")
     document = {
         "sweep_dir": str(folder),
