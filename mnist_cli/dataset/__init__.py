@@ -29,7 +29,13 @@ from mnist_cli.dataset import digits, image_files, linear, split
 from mnist_cli.dataset.decode import Decoded, content_digest, described
 from mnist_cli.dataset.sources import source_of
 from mnist_cli.errors import DataError
-from mnist_cli.options import DatasetConfig, DigitsConfig, LinearDatasetConfig, PluginDatasetConfig
+from mnist_cli.options import (
+    DatasetConfig,
+    DigitsConfig,
+    LinearDatasetConfig,
+    PluginDatasetConfig,
+    code_of_plugin,
+)
 
 __all__ = ["Dataset", "DatasetSpec", "Normalise", "Split", "load"]
 
@@ -108,7 +114,8 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
     if isinstance(config, DigitsConfig):
         return _classification(config, digits.load(), digits.CLASSES, seed)
     if isinstance(config, PluginDatasetConfig):
-        sets, classes = config.load(), config.classes()
+        with code_of_plugin(config, "load"):
+            sets, classes = config.load(), config.classes()
         _check_sets(config.name, sets, len(classes))
         return _classification(config, described(*sets), classes, seed)
     source = source_of(config)

@@ -21,7 +21,14 @@ from mnist_cli import __version__, durable
 from mnist_cli import run as runs
 from mnist_cli.config import Config, SweepConfig, TrainConfig, config_hash
 from mnist_cli.console import Console
-from mnist_cli.errors import Interrupted, MnistCliError, PrunedError, UsageError, one_line
+from mnist_cli.errors import (
+    Interrupted,
+    MnistCliError,
+    PluginError,
+    PrunedError,
+    UsageError,
+    one_line,
+)
 from mnist_cli.imports import uncollected
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
@@ -187,7 +194,7 @@ def failed(error: Exception, job: Job) -> Document:
     assert isinstance(config, TrainConfig)
     if isinstance(error, PrunedError):
         return RunFolder(Path(config.out or "")).read_result() or document
-    if not isinstance(error, MnistCliError):
+    if not isinstance(error, MnistCliError) or isinstance(error, PluginError):
         details = "".join(traceback.format_exception(error))
         record(config, document["error"], details)
     elif error.exit_code != 7:  # else the folder is somebody else's
