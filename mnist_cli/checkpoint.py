@@ -436,7 +436,12 @@ def _shape(name: str, entry: Any) -> list[int]:
 
 
 def load_data(
-    config: TrainConfig, spec: DatasetSpec, root: str | None, console: Console
+    config: TrainConfig,
+    spec: DatasetSpec,
+    root: str | None,
+    console: Console,
+    *,
+    may_download: bool = True,
 ) -> Dataset:
     """The data that a run was made with: at `root`, else where the run had it.
 
@@ -452,7 +457,7 @@ def load_data(
         if root is None and source.root is not None and Path(source.root).is_dir():
             root = source.root
         source = dataclasses.replace(source, root=root, mirror=None)
-    data = dataset.load(source, config.seed)
+    data = dataset.load(source, config.seed, may_download=may_download)
     if (data.spec.input_shape, len(data.spec.classes)) != (spec.input_shape, len(spec.classes)):
         raise CheckpointError(
             f"the checkpoint is for samples of shape {spec.input_shape} and {len(spec.classes)}"

@@ -97,12 +97,13 @@ class Dataset:
     test: Split
 
 
-def load(config: DatasetConfig, seed: int) -> Dataset:
+def load(config: DatasetConfig, seed: int, *, may_download: bool = True) -> Dataset:
     """Load, verify and split a dataset, downloading it where it is missing.
 
     Args:
         config: the `dataset` group.
         seed: decides which training rows become validation rows, and nothing else.
+        may_download: False raises DataError where files are missing.
 
     Raises:
         DataError: the files are damaged, or neither there nor to be had.
@@ -119,7 +120,7 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
         _check_sets(config.name, sets, len(classes))
         return _classification(config, described(*sets), classes, seed)
     source = source_of(config)
-    decoded = image_files.load(source, config.root, config.mirror)
+    decoded = image_files.load(source, config.root, config.mirror, may_download=may_download)
     return _classification(config, decoded, source.classes, seed)
 
 
