@@ -181,7 +181,7 @@ def opened(
                 console.warn(difference)
             console.say(f"resuming at step {before.progress.step}")
             folder.keep_metrics_until(before.progress.step // job.steps_per_epoch)
-            yield Run(job, folder, console, started_s)
+            yield Run(job, folder, console, started_s - _add_times(job, runs.times_of(result)))
 
 
 def prepare(
@@ -221,6 +221,18 @@ def prepare(
     )
     _try_plugins(job)
     return job
+
+
+def _add_times(job: Job, before: dict[str, float]) -> float:
+    """Add what the sessions `before` took to the times of `job`, and return what they took in all.
+
+    Of one that was killed, only the training is known, by its last checkpoint.
+    """
+    for name in job.times:
+        job.times[name] += before.get(name, 0.0)
+    trained_s = job.progress.train_s + job.progress.epoch_s
+    untold_s = max(0.0, trained_s - before.get("train_s", 0.0))
+    return before.get("total_s", 0.0) + untold_s
 
 
 def _try_plugins(job: Job) -> None:
