@@ -34,7 +34,7 @@ from mnist_cli import __version__, dataset, durable, optim, strict_json
 from mnist_cli.config import TrainConfig, to_plain, train_config
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, DatasetSpec
-from mnist_cli.errors import CheckpointError, DivergedError, UsageError, shown
+from mnist_cli.errors import CheckpointError, DivergedError, PluginError, UsageError, shown
 from mnist_cli.model import build_model
 from mnist_cli.options import EmnistConfig, ImageFilesConfig, UntypedPluginError
 from mnist_cli.runtime import Host
@@ -190,7 +190,7 @@ def load(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: it is missing, damaged, foreign or from a newer version.
-        UsageError: it was made with a plugin whose name was not typed.
+        UsageError: it was made with a plugin whose name was not typed, or that fails.
     """
     try:
         return decode(read_regular_file(path, _check_start))
@@ -392,6 +392,8 @@ def _check_tensors(
     try:
         with torch.device("meta"):
             model = build_model(config.model, spec.input_shape, spec.num_outputs)
+    except PluginError:
+        raise
     except (UsageError, RuntimeError, ValueError, OverflowError) as error:
         raise _Refused(f"describes a model that can't be built: {error}", _FOREIGN) from error
     shapes = {f"model.{name}": list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -434,7 +436,12 @@ def _shape(name: str, entry: Any) -> list[int]:
 
 
 def load_data(
-    config: TrainConfig, spec: DatasetSpec, root: str | None, console: Console
+    config: TrainConfig,
+    spec: DatasetSpec,
+    root: str | None,
+    console: Console,
+    *,
+    may_download: bool = True,
 ) -> Dataset:
     """The data that a run was made with: at `root`, else where the run had it.
 
@@ -450,7 +457,7 @@ def load_data(
         if root is None and source.root is not None and Path(source.root).is_dir():
             root = source.root
         source = dataclasses.replace(source, root=root, mirror=None)
-    data = dataset.load(source, config.seed)
+    data = dataset.load(source, config.seed, may_download=may_download)
     if (data.spec.input_shape, len(data.spec.classes)) != (spec.input_shape, len(spec.classes)):
         raise CheckpointError(
             f"the checkpoint is for samples of shape {spec.input_shape} and {len(spec.classes)}"

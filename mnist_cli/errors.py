@@ -2,6 +2,7 @@
 
     MnistCliError        1  a fault of the program itself
       UsageError         2  the command line or the configuration is wrong; nothing was written
+        PluginError      2  the code of a plugin raised something else than these
       DataError          3  data missing, damaged or not to be had
       CheckpointError    4  a checkpoint is missing, damaged, foreign or from a newer version
       DivergedError      5  training diverged
@@ -42,6 +43,10 @@ class MnistCliError(Exception):
 
 class UsageError(MnistCliError):
     exit_code = 2
+
+
+class PluginError(UsageError):
+    """Its `__cause__` is what the plugin raised: a log keeps the traceback."""
 
 
 class DataError(MnistCliError):

@@ -115,6 +115,7 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
         return math.nan if value is None else float(value)
 
     if folder is None:  # eval and export write nothing of their own
+        sweep.refuse_same_files(jobs)
         with durable.temporary_folder() as nowhere, raised_in_full():
             _hydra_main(line, [*own, f"hydra.sweep.dir={quoted(str(nowhere))}"], task)
         return sweep.finish_each(console, here)

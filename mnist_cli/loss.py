@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_cli.options import LossConfig, MseConfig, PluginLossConfig
+from mnist_cli.options import LossConfig, MseConfig, PluginLossConfig, code_of_plugin
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,7 +27,8 @@ def build_loss(config: LossConfig, task: Literal["classification", "regression"]
     regression, where the configuration admits `mse` and losses of plugins only.
     """
     if isinstance(config, PluginLossConfig):
-        return config.build(task)
+        with code_of_plugin(config, "build"):
+            return config.build(task)
     if isinstance(config, MseConfig):
         return squared_error if task == "regression" else squared_error_of_classes
     smoothed = {"cross_entropy": cross_entropy, "kl_div": kl_div, "bce": bce}

@@ -23,6 +23,7 @@ from mnist_cli.options import (
     PluginOptimConfig,
     RmspropConfig,
     SgdConfig,
+    code_of_plugin,
 )
 
 
@@ -91,7 +92,8 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
                         f"optim={config.name} keeps '{name}' in another shape than its parameter's",
                         "take another optimizer: a checkpoint can't hold this one's state",
                     )
-            return config.build(params)
+            with code_of_plugin(config, "build"):
+                return config.build(params)
 
 
 @functools.cache
@@ -139,9 +141,10 @@ def _state_after_a_step(config: PluginOptimConfig) -> dict[str, tuple[int, ...]]
     """The shapes of what a plugin's optimizer keeps of a parameter of `_TRIAL_SHAPE`."""
     weight = nn.Parameter(torch.zeros(_TRIAL_SHAPE))
     weight.grad = torch.zeros_like(weight)
-    optimizer = config.build([weight])
-    optimizer.step()
-    state = optimizer.state[weight].items()
+    with code_of_plugin(config, "build"):
+        optimizer = config.build([weight])
+        optimizer.step()
+        state = optimizer.state[weight].items()
     return {name: tuple(torch.as_tensor(kept).shape) for name, kept in state if kept is not None}
 
 

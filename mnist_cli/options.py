@@ -7,14 +7,17 @@ abstract here.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
 import shlex
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mnist_cli.errors import UsageError, shown
+from mnist_cli.errors import MnistCliError, PluginError, UsageError, is_out_of_memory, shown
 from mnist_cli.typed import Range
 
 if TYPE_CHECKING:
@@ -326,3 +329,39 @@ def unions_of(data: object) -> dict[str, Any]:
         for group, option in PLUGINS[name]:
             unions[group] |= option
     return unions
+
+
+@contextlib.contextmanager
+def code_of_plugin(option: PluginConfig, doing: str) -> Iterator[None]:
+    """Call what a plugin supplies: whatever it raises in the block names it.
+
+    Args:
+        option: whose code is called.
+        doing: what it is asked to do, such as "build".
+
+    Raises:
+        PluginError: the code raised anything but an error of this program, or a lack of memory.
+    """
+    try:
+        yield
+    except MnistCliError:
+        raise
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
+        name, group = next(
+            (name, group)
+            for name, pairs in PLUGINS.items()
+            for group, known in pairs
+            if isinstance(option, known)
+        )
+        file = inspect.getfile(type(option))
+        lines = [
+            at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == file
+        ]
+        place = f"line {lines[-1]} of {file}" if lines else file
+        raise PluginError(
+            f"the plugin '{name}' failed to {doing} {group}={option.name}:"
+            f" {type(error).__name__}: {error}",
+            f"mend {place}, update its package, or leave it away",
+        ) from error

@@ -229,6 +229,13 @@ def is_complete(result: dict[str, Any], config: TrainConfig) -> bool:
     )
 
 
+def times_of(result: dict[str, Any] | None) -> dict[str, float]:
+    """`time` of a result.json, in seconds; what is no time is left out."""
+    times = (result or {}).get("time")
+    found = times.items() if isinstance(times, dict) else ()
+    return {name: float(s) for name, s in found if type(s) in (int, float) and 0 <= s <= 1e9}
+
+
 def holds_run(folder: Path) -> bool:
     return any(
         (folder / name).exists() for name in ("config.yaml", "last.safetensors", "result.json")

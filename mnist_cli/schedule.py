@@ -15,6 +15,7 @@ from mnist_cli.options import (
     PluginScheduleConfig,
     ScheduleConfig,
     StepConfig,
+    code_of_plugin,
 )
 
 
@@ -47,7 +48,8 @@ def lr_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, total_ste
         case OnecycleConfig():
             return warmup * _onecycle(config, steps_after, num_steps)
         case PluginScheduleConfig():
-            return warmup * config.factor(step, steps_per_epoch, total_steps)
+            with code_of_plugin(config, "compute"):
+                return warmup * config.factor(step, steps_per_epoch, total_steps)
 
 
 def may_extend(config: ScheduleConfig) -> bool:

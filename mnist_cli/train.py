@@ -41,6 +41,7 @@ from mnist_cli.loop import (
     ShouldStop,
     diverged,
     fit,
+    lr_of,
     never,
     save,
     stop_if_asked,
@@ -48,7 +49,14 @@ from mnist_cli.loop import (
 )
 from mnist_cli.loss import build_loss
 from mnist_cli.model import build_model, num_params
-from mnist_cli.options import DatasetConfig, LinearModelConfig, plugin_words
+from mnist_cli.options import (
+    DatasetConfig,
+    LinearModelConfig,
+    PluginLossConfig,
+    PluginModelConfig,
+    code_of_plugin,
+    plugin_words,
+)
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
 
@@ -173,7 +181,7 @@ def opened(
                 console.warn(difference)
             console.say(f"resuming at step {before.progress.step}")
             folder.keep_metrics_until(before.progress.step // job.steps_per_epoch)
-            yield Run(job, folder, console, started_s)
+            yield Run(job, folder, console, started_s - _add_times(job, runs.times_of(result)))
 
 
 def prepare(
@@ -198,7 +206,7 @@ def prepare(
         optim.restore_state(optimizer, model, before.optim)
         if before.progress.loss_scale is not None:
             scaler.load_state_dict(scaler.state_dict() | {"scale": before.progress.loss_scale})
-    return Job(
+    job = Job(
         config=config,
         device=device,
         data=data,
@@ -211,6 +219,44 @@ def prepare(
         progress=Progress() if before is None else before.progress,
         times=times | {"eval_s": 0.0},
     )
+    _try_plugins(job)
+    return job
+
+
+def _add_times(job: Job, before: dict[str, float]) -> float:
+    """Add what the sessions `before` took to the times of `job`, and return what they took in all.
+
+    Of one that was killed, only the training is known, by its last checkpoint.
+    """
+    for name in job.times:
+        job.times[name] += before.get(name, 0.0)
+    trained_s = job.progress.train_s + job.progress.epoch_s
+    untold_s = max(0.0, trained_s - before.get("train_s", 0.0))
+    return before.get("total_s", 0.0) + untold_s
+
+
+def _try_plugins(job: Job) -> None:
+    """Let what plugins brought see two samples, so that it fails before anything is written.
+
+    Raises:
+        UsageError: it fails, or the model gives outputs of another shape.
+    """
+    config, train = job.config, job.data.train
+    targets = train.targets[:2]
+    outputs = torch.zeros(len(targets), job.data.spec.num_outputs, device=job.device)
+    if isinstance(config.model, PluginModelConfig):
+        with code_of_plugin(config.model, "answer with"), torch.no_grad():
+            shape = tuple(job.model.eval()(job.normalise(train.inputs[:2])).shape)
+        if shape != tuple(outputs.shape):
+            raise UsageError(
+                f"model={config.model.name} gives outputs of shape {shape} for {len(targets)}"
+                f" samples, not {tuple(outputs.shape)}",
+                "mend or update its package, or take another model",
+            )
+    if isinstance(config.loss, PluginLossConfig):
+        with code_of_plugin(config.loss, "compute"):
+            job.loss(outputs, targets).item()
+    lr_of(job, job.progress.step)
 
 
 # --- around the loop -----------------------------------------------------------------------------

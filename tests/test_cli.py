@@ -806,3 +806,39 @@ def test_a_configuration_can_not_name_foreign_code(mnist_cli: Program, tmp_path:
     outcome = mnist_cli(*words, "--config-dir", str(folder))
     assert outcome.code == 2 and "whitelist" in outcome.error
     assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("predict images=[a.png] checkpoint=a,b out=c", "type a folder for each"),
+        ("predict images=a.png,b.png checkpoint=a out=c", "run them one by one"),
+        ("eval checkpoint=a split=val,test out=c", "run them one by one"),
+        ("eval checkpoint=a,b out=c hydra.verbose=false", "type a folder for each"),
+        ("eval checkpoint=a split=val,test out=c,./c", "run them one by one"),
+        ("export checkpoint=a,b format=onnx out=c", "type a folder for each"),
+        ("export checkpoint=a format=onnx opset=18,19 overwrite=true", "run them one by one"),
+        ("report run=a,b out=c", "run them one by one"),
+    ],
+)
+def test_jobs_that_would_write_the_same_file_are_refused_before_the_first(
+    mnist_cli: Program, empty_cwd: Path, line: str, hint: str
+) -> None:
+    command, *words = line.split()
+    ended = mnist_cli(command, "-m", *words)
+    assert (ended.code, ended.stdout) == (2, "")
+    place = empty_cwd / ("c" if "out=" in line else "a")
+    assert f"two jobs would write the same file in '{place}'" in ended.error
+    assert ended.hint.startswith(hint)
+    assert not list(empty_cwd.iterdir())
+
+
+def test_jobs_that_write_different_files_are_run(mnist_cli: Program, empty_cwd: Path) -> None:
+    for words in (
+        ("eval", "checkpoint=a,b", "out=c/${checkpoint}"),
+        ("export", "checkpoint=a", "format=onnx,safetensors", "out=c"),
+        ("eval", "checkpoint=a,b"),
+        ("report", "run=a,b"),
+    ):
+        ended = mnist_cli(words[0], "-m", *words[1:])
+        assert ended.code == 1 and "2 of 2 jobs failed" in ended.error

@@ -385,17 +385,35 @@ def test_no_home_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         sources.data_root(None)
 
 
-def test_stale_temporary_files_are_removed(tmp_path: Path, private_cache: Path) -> None:
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, private_cache: Path) -> None:
     source = write_mnist_like(tmp_path, "fashion_mnist", 10, 10)
     image_files.load(source, str(tmp_path))
     path = cache_file(private_cache)
-    stale, fresh = (path.parent / f".{path.name}.{name}.tmp" for name in ("stale", "fresh"))
-    stale.touch()
-    fresh.touch()
-    os.utime(stale, (0, 0))
-    path.unlink()
+    names = (f".{path.name}.stale.tmp", f".fashion_mnist-0.{path.name}.stale.tmp")
+    stale, elsewhere = (path.parent / name for name in names)
+    fresh, foreign = (path.parent / name for name in (f".{path.name}.fresh.tmp", ".mnist-0.tmp"))
+    for temporary in (stale, elsewhere, fresh, foreign):
+        temporary.touch()
+        if temporary != fresh:
+            os.utime(temporary, (0, 0))
     image_files.load(source, str(tmp_path))
-    assert fresh.exists() and not stale.exists()
+    assert {*path.parent.iterdir()} == {path, fresh, foreign}
+
+
+def test_what_was_not_used_for_a_month_is_removed(tmp_path: Path, private_cache: Path) -> None:
+    roots = [tmp_path / name for name in "abc"]
+    paths: list[Path] = []
+    for root in roots:
+        source = write_mnist_like(root, "fashion_mnist", 10, 10)
+        image_files.load(source, str(root))
+        paths += {*(private_cache / "mnist-cli" / "decoded").iterdir()} - {*paths}
+    month_ago = time.time() - cache.UNUSED_S - 60
+    for path in paths:
+        os.utime(path, (month_ago, month_ago))
+    os.utime(paths[1], (month_ago + 120, month_ago))
+    image_files.load(source, str(roots[0]))
+    assert {*paths[0].parent.iterdir()} == {*paths[:2]}
+    assert paths[0].stat().st_mtime == pytest.approx(month_ago)  # it was used, not written again
 
 
 @settings(max_examples=20, deadline=None)

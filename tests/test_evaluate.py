@@ -158,8 +158,8 @@ def test_data_of_another_digest_is_said_so(
     run = trained(*NOISY)
     load = dataset.load
 
-    def other(source: options.DatasetConfig, seed: int) -> dataset.Dataset:
-        data = load(source, seed)
+    def other(source: options.DatasetConfig, seed: int, **kind: bool) -> dataset.Dataset:
+        data = load(source, seed, **kind)
         object.__setattr__(data.spec, "digest", "f" * 64)
         return data
 

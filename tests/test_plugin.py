@@ -368,3 +368,136 @@ def test_an_optimizer_whose_state_no_checkpoint_holds_is_refused_at_once(
     ended = mnist_cli("train", *words, f"out={tmp_path / 'a'}")
     assert ended.code == 2 and "in another shape than its parameter's" in ended.error
     assert not (tmp_path / "a").exists()
+
+
+# --- what fails --------------------------------------------------------------------------------
+
+FAILING = (
+    HEAD
+    + """
+import torch
+from mnist_cli.errors import UsageError
+
+@dataclass(frozen=True, kw_only=True)
+class Model(PluginModelConfig):
+    name: Literal["bad"]
+    fails: Literal["no", "build", "refuse", "nothing", "forward", "shape"]
+    def build(self, input_shape, num_outputs):
+        if self.fails == "build":
+            return {}[input_shape]
+        if self.fails == "refuse":
+            raise UsageError("model=bad is for nothing", "take another")
+        if self.fails == "nothing":
+            return None
+        first = torch.nn.Linear(63 if self.fails == "forward" else 64, num_outputs)
+        more = [torch.nn.Linear(10, 7)] if self.fails == "shape" else []
+        return torch.nn.Sequential(torch.nn.Flatten(), first, *more)
+
+@dataclass(frozen=True, kw_only=True)
+class Optim(PluginOptimConfig):
+    name: Literal["bad"]
+    def build(self, params):
+        return torch.optim.LBFGS(params, lr=self.lr)
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(PluginLossConfig):
+    name: Literal["bad"]
+    fails: Literal["build", "call"]
+    def build(self, task):
+        if self.fails == "build":
+            raise SystemExit(0)
+        return lambda outputs, labels: outputs[7].sum()
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(PluginScheduleConfig):
+    name: Literal["bad"]
+    def factor(self, step, steps_per_epoch, total_steps):
+        return 1 / step
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(PluginDatasetConfig):
+    name: Literal["bad"]
+    def classes(self):
+        return ("a", "b")
+    def load(self):
+        return open("/nothing/there").read()
+
+OPTIONS = [Model, Optim, Loss, Schedule, Dataset]
+"""
+)
+
+
+@pytest.fixture
+def failing(site: Path) -> Path:
+    """The file of a plugin of which each option fails."""
+    names = [f"{group}/bad" for group in ("model", "optim", "loss", "schedule", "dataset")]
+    files = package("bad", "bad.options", *names, text=FAILING)
+    files["bad/conf/model/bad.yaml"] += "fails: 'no'\n"
+    files["bad/conf/optim/bad.yaml"] += "lr: 0.1\n"
+    files["bad/conf/loss/bad.yaml"] += "fails: build\n"
+    files["bad/conf/schedule/bad.yaml"] += "warmup_epochs: 0.0\n"
+    files["bad/conf/dataset/bad.yaml"] += "val_fraction: 0.1\n"
+    install(site, files)
+    return site / "bad" / "options.py"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("model=bad model.fails=build", "build model=bad: KeyError: (1, 8, 8)"),
+        ("model=bad model.fails=nothing", "build model=bad: TypeError: build() gave None"),
+        ("model=bad model.fails=forward", "answer with model=bad: RuntimeError: "),
+        ("optim=bad", "build optim=bad: TypeError: "),
+        ("loss=bad", "build loss=bad: SystemExit: 0"),
+        ("loss=bad loss.fails=call", "compute loss=bad: IndexError: "),
+        ("schedule=bad", "compute schedule=bad: ZeroDivisionError: division by zero"),
+        ("dataset=bad", "load dataset=bad: FileNotFoundError: "),
+    ],
+)
+def test_what_fails_in_a_plugin_names_it_and_leaves_nothing(
+    mnist_cli: Program, failing: Path, tmp_path: Path, words: str, reason: str
+) -> None:
+    line = ("plugin=bad", "model=linear", *RUN, *words.split(), f"out={tmp_path / 'run'}")
+    ended = mnist_cli("train", *line)
+    error, hint = two_lines(ended.stderr)
+    assert ended.code == 2
+    assert f"the plugin 'bad' failed to {reason}" in error
+    assert str(failing) in hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_place_in_the_plugin_is_named(mnist_cli: Program, failing: Path) -> None:
+    ended = mnist_cli("train", "plugin=bad", "model=bad", "model.fails=build", *RUN)
+    line = 1 + FAILING.splitlines().index("            return {}[input_shape]")
+    assert f"mend line {line} of {failing}, " in ended.hint
+
+
+def test_what_a_plugin_refuses_is_said_in_its_words(mnist_cli: Program, failing: Path) -> None:
+    ended = mnist_cli("train", "plugin=bad", "model=bad", "model.fails=refuse", *RUN)
+    assert ended[::2] == (2, "error: model=bad is for nothing\nhint: take another\n")
+    ended = mnist_cli("train", "plugin=bad", "model=bad", "model.fails=shape", *RUN)
+    assert ended.code == 2
+    assert "gives outputs of shape (2, 7) for 2 samples, not (2, 10)" in ended.error
+
+
+def test_a_job_that_fails_in_a_plugin_keeps_the_traceback_in_its_log(
+    mnist_cli: Program, failing: Path, tmp_path: Path
+) -> None:
+    words = ("model=bad", "model.fails=no,build", *RUN, f"out={tmp_path / 'sweep'}")
+    assert mnist_cli("train", "-m", "plugin=bad", *words).code == 1
+    [log] = (tmp_path / "sweep").glob("*build*/train.log")
+    assert "Traceback" in log.read_text() and "return {}[input_shape]" in log.read_text()
+
+
+def test_a_checkpoint_whose_plugin_fails_by_now_is_not_called_damaged(
+    mnist_cli: Program, failing: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert mnist_cli("train", "plugin=bad", "model=bad", *RUN, f"out={run}").code == 0
+    failing.write_text(FAILING.replace("if self.fails ==", "if self.fails < 3 and self.fails =="))
+    for name in ("bad", "bad.options"):
+        sys.modules.pop(name, None)
+    ended = mnist_cli("eval", "plugin=bad", f"checkpoint={run}")
+    assert (
+        ended.code == 2 and "the plugin 'bad' failed to build model=bad: TypeError" in ended.error
+    )

@@ -171,6 +171,23 @@ def test_a_run_whose_data_are_damaged_is_shown_without_them(
     assert "expected an intact gzip file" in text_of(Path("run/report.html"))
 
 
+def test_a_report_downloads_nothing(mnist_cli: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_mnist_like(Path("data"), "mnist", 470, 94)
+    monkeypatch.setattr(dataset, "source_of", lambda config: source)
+    words = ("dataset.root=data", "model=linear", "epochs=1", "out=run", "--quiet")
+    assert mnist_cli("train", *words).code == 0
+    Path("data").rename("elsewhere")
+    monkeypatch.setenv("MNIST_CLI_DATA", "nowhere")
+    outcome = mnist_cli("report", "run=run")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    warning, _ = outcome.stdout.splitlines()
+    assert warning.startswith("warning: run is shown without its test samples: mnist is not in ")
+    assert not Path("nowhere").exists()  # a download begins by making it
+    assert "and nothing is downloaded for it" in text_of(Path("run/report.html"))
+    mnist_cli("report", "run=run", "dataset.root=elsewhere")
+    assert "surest mistakes" in text_of(Path("run/report.html"))
+
+
 def test_real_mnist_in_less_than_a_megabyte_and_a_half(
     mnist_cli: Program, real_mnist: Path
 ) -> None:

@@ -323,6 +323,31 @@ def test_a_torn_result_is_written_anew(stops: Stops, tmp_path: Path) -> None:
         assert outcome_of(folder) == stops.outcome
 
 
+def test_times_are_those_of_all_sessions(stops: Stops, tmp_path: Path) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    path, before = folder / "result.json", checkpoint.load(folder / "last.safetensors").progress
+    started = {"total_s": 900.0, "startup_s": 400.0, "data_s": 300.0, "train_s": 0, "eval_s": 100.0}
+    trained_s = before.train_s + before.epoch_s
+    assert trained_s > 0
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time": started}))
+    stops.resume(folder)
+    times = json.loads(path.read_text())["time"]
+    assert all(times[name] > seconds for name, seconds in started.items())
+    assert times["total_s"] >= started["total_s"] + times["train_s"]  # no step was lost by the kill
+    assert times["train_s"] > trained_s
+
+
+@pytest.mark.parametrize("times", [None, [], {"eval_s": -9.0, "data_s": "x", "total_s": True}])
+def test_times_that_are_none_count_nothing(stops: Stops, tmp_path: Path, times: object) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    path = folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time": times}))
+    stops.resume(folder)
+    found = json.loads(path.read_text())["time"]
+    assert min(found.values()) >= 0
+    assert found["total_s"] >= found["data_s"] + found["train_s"] + found["eval_s"]
+
+
 # --- what may change, and what may not -----------------------------------------------------------
 
 

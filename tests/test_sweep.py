@@ -734,6 +734,38 @@ def test_several_objectives_give_a_front(mnist_cli: Program) -> None:
         assert (job in front) == (not is_beaten)
 
 
+def test_people_see_four_digits_and_files_hold_what_was_run(mnist_cli: Program) -> None:
+    words = ("train", "-m", *TINY, "optim.lr=tag(log,interval(1e-4,1e-1))", "sweep.search=optuna")
+    words += ("sweep.trials=2", "sweep.objectives=[val_accuracy,num_params]", "out=a")
+    said = mnist_cli(*words).stdout.splitlines()
+    board = board_of(Path("a"))
+    full = [str(row["config"]["optim.lr"]) for row in board["rows"]]
+    assert all(len(value.lstrip("0.")) > 4 for value in full)
+    short = {f"{float(value):.4g}" for value in full}
+    shown = [line for line in said if not line.startswith("repeat")]
+    assert not any(value in line for value in full for line in shown)
+    for kind, count in (("start ", 2), ("done ", 2), ("winner ", 1), ("front ", 1)):
+        lines = [line for line in shown if line.startswith(kind)]
+        assert len(lines) == count
+        assert all(any(f"optim.lr={value}" in line for value in short) for line in lines)
+    assert f"optim.lr={full[0]} " in next(line for line in said if line.startswith("repeat"))
+    for name in ("leaderboard.csv", "leaderboard.md"):
+        assert all(value in (Path("a") / name).read_text() for value in full)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim.lr=0.0690304 seed=123456", "optim.lr=0.06903 seed=123456"),
+        ("optim.eps=7.75841e-08", "optim.eps=7.758e-08"),
+        ("optim.betas=[0.912345,0.999954]", "optim.betas=[0.9123,0.999954]"),
+        ("out=a0.123456 out=1.2.34567 x=0.25 y=12345.678", None),
+    ],
+)
+def test_only_long_decimal_numbers_are_rounded(text: str, expected: str | None) -> None:
+    assert leaderboard.rounded(text) == (expected or text)
+
+
 def test_a_regression_is_searched_downward(mnist_cli: Program) -> None:
     words = ("train", "-m", "dataset=linear", "loss=mse", "model=linear", "epochs=3")
     words += ("dataset.num_samples=200", "dataset.val_fraction=0.2")

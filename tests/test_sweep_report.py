@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pages import EVIL, assert_asks_for_nothing, assert_loads_nothing, parsed, text_of
 
-from mnist_cli.report import sweep_page, sweep_record
+from mnist_cli.report import sweep_page, sweep_plots, sweep_record
 from mnist_cli.sweep import leaderboard
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
@@ -414,3 +414,29 @@ def test_a_browser_asks_for_nothing_and_complains_of_nothing(swept: Swept, brows
     names = ("grid", "search", "front", "line", "failed")
     for width in (360, 1200):
         assert_asks_for_nothing(browser, [swept(name) / "report.html" for name in names], width)
+
+
+# --- parallel coordinates ------------------------------------------------------------------------
+
+
+def test_a_run_that_learned_nothing_leaves_the_others_their_axis() -> None:
+    scores = [0.99, 0.988, 0.985, 0.981, 0.979, 0.975, 0.972, 0.11, 0.1]
+    axis = sweep_plots.axis_of_scores("val_accuracy", scores)
+    assert axis.places[0] == 1 and axis.places[-2:] == [0, 0]
+    assert axis.places[6] == pytest.approx(1 / 9)
+    assert axis.ticks[0] == (0, "≤ 11.00%")
+    assert all(text[0] not in "≤≥" for _, text in axis.ticks[1:])
+    losses = sweep_plots.axis_of_scores("val_mse", [0.1, 0.11, 0.12, 0.13, 0.14, 7.0])
+    assert losses.places[0] == 0 and losses.places[-1] == 1
+    assert losses.ticks[0] == (1, "≥ 7.0000")
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30))
+def test_places_of_scores_keep_their_order_and_the_winner_its_own(scores: list[float]) -> None:
+    axis = sweep_plots.axis_of_scores("val_loss", scores)
+    placed = [place for _, place in sorted(zip(scores, axis.places, strict=True))]
+    assert placed == sorted(placed)
+    assert all(0 <= place <= 1 for place in placed)
+    for place, text in axis.ticks:
+        if text[0] in "≤≥":
+            assert place in (0, 1) and axis.places[0] != place

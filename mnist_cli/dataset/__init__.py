@@ -29,7 +29,13 @@ from mnist_cli.dataset import digits, image_files, linear, split
 from mnist_cli.dataset.decode import Decoded, content_digest, described
 from mnist_cli.dataset.sources import source_of
 from mnist_cli.errors import DataError
-from mnist_cli.options import DatasetConfig, DigitsConfig, LinearDatasetConfig, PluginDatasetConfig
+from mnist_cli.options import (
+    DatasetConfig,
+    DigitsConfig,
+    LinearDatasetConfig,
+    PluginDatasetConfig,
+    code_of_plugin,
+)
 
 __all__ = ["Dataset", "DatasetSpec", "Normalise", "Split", "load"]
 
@@ -91,12 +97,13 @@ class Dataset:
     test: Split
 
 
-def load(config: DatasetConfig, seed: int) -> Dataset:
+def load(config: DatasetConfig, seed: int, *, may_download: bool = True) -> Dataset:
     """Load, verify and split a dataset, downloading it where it is missing.
 
     Args:
         config: the `dataset` group.
         seed: decides which training rows become validation rows, and nothing else.
+        may_download: False raises DataError where files are missing.
 
     Raises:
         DataError: the files are damaged, or neither there nor to be had.
@@ -108,11 +115,12 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
     if isinstance(config, DigitsConfig):
         return _classification(config, digits.load(), digits.CLASSES, seed)
     if isinstance(config, PluginDatasetConfig):
-        sets, classes = config.load(), config.classes()
+        with code_of_plugin(config, "load"):
+            sets, classes = config.load(), config.classes()
         _check_sets(config.name, sets, len(classes))
         return _classification(config, described(*sets), classes, seed)
     source = source_of(config)
-    decoded = image_files.load(source, config.root, config.mirror)
+    decoded = image_files.load(source, config.root, config.mirror, may_download=may_download)
     return _classification(config, decoded, source.classes, seed)
 
 

@@ -1,7 +1,9 @@
-"""Decoded datasets in the user's cache folder, one safetensors file each.
+"""Decoded datasets in the user's cache folder, one safetensors file for each place of the sources.
 
 The cache can only save time: what is missing, damaged, of other source files or foreign is built
-again, and a folder that can't be written to is no error.
+again, and a folder that can't be written to is no error. So anybody may remove a file at any time:
+who reads it goes on reading. What nobody used for a month is removed, whether its sources are still
+there or not: another machine that shares the folder may see them.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from mnist_cli.errors import DataError
 FORMAT = 1
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 MOST_BYTES = 4 << 30
-STALE_S = 3600.0
+STALE_S = 3600.0  # of a file that is being written
+UNUSED_S = 30 * 86_400.0
 
 
 def cached(name: str, paths: tuple[Path, ...], build: Callable[[], Decoded]) -> Decoded:
@@ -50,6 +53,9 @@ def cached(name: str, paths: tuple[Path, ...], build: Callable[[], Decoded]) -> 
         decoded = build()
         if key == _key(paths):
             save(path, key, decoded)
+    with contextlib.suppress(OSError):
+        _note_use(path)
+        _remove_unused(path)
     return decoded
 
 
@@ -78,7 +84,6 @@ def save(path: Path, key: str, decoded: Decoded) -> None:
     content = safetensors.torch.save(tensors, {"head": head, "check": _sha256(head)})
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path)
         _write(path, content)
 
 
@@ -113,11 +118,20 @@ def _write(path: Path, content: bytes) -> None:
         raise
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove temporary files that a killed process left."""
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        if time.time() - temporary.stat().st_mtime > STALE_S:
-            temporary.unlink(missing_ok=True)
+def _note_use(path: Path) -> None:
+    """Set the time of the last access, which many file systems don't keep."""
+    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove what is no longer used of the dataset of `path`, and what a killed process left."""
+    name, now = path.name.rpartition("-")[0], time.time()
+    for pattern, limit_s in ((f"{name}-*.safetensors", UNUSED_S), (f".{name}-*.tmp", STALE_S)):
+        for other in path.parent.glob(pattern):
+            with contextlib.suppress(OSError):
+                state = other.stat()
+                if now - max(state.st_atime, state.st_mtime) > limit_s:
+                    other.unlink()
 
 
 def _key(paths: tuple[Path, ...]) -> str:

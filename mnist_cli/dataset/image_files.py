@@ -18,6 +18,8 @@ def load(
     mirror: str | None = None,
     patience: Patience | None = None,
     context: ssl.SSLContext | None = None,
+    *,
+    may_download: bool = True,
 ) -> Decoded:
     """The official sets of `source`.
 
@@ -27,6 +29,7 @@ def load(
         mirror: https address to download from instead of the source's own.
         patience: see `download.fetch`.
         context: see `download.fetch`.
+        may_download: False raises DataError where files are missing.
 
     Raises:
         DataError: the files are damaged, or neither there nor to be had.
@@ -34,6 +37,11 @@ def load(
     """
     folder = data_root(root)
     paths = source.find(folder)
+    if paths is None and not may_download:
+        raise DataError(
+            f"{source.name} is not in {folder}, and nothing is downloaded for it",
+            "name the folder with the data: dataset.root=DIR",
+        )
     if paths is None:
         download.fetch(source, folder, mirror, patience, context)
         paths = source.find(folder)

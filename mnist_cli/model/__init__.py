@@ -19,6 +19,7 @@ from mnist_cli.options import (
     MlpConfig,
     ModelConfig,
     PluginModelConfig,
+    code_of_plugin,
 )
 
 
@@ -46,7 +47,11 @@ def build_model(config: ModelConfig, input_shape: tuple[int, ...], num_outputs: 
         case CnnDeepConfig():
             return CnnDeep(input_shape, num_outputs)
         case PluginModelConfig():
-            return config.build(input_shape, num_outputs)
+            with code_of_plugin(config, "build"):
+                model = config.build(input_shape, num_outputs)
+                if not isinstance(model, nn.Module):
+                    raise TypeError(f"build() gave {model!r}, which is no torch.nn.Module")
+                return model
 
 
 def num_params(model: nn.Module) -> int:

@@ -223,7 +223,9 @@ def _answers(
 ) -> tuple[Split | None, Tensor | None, str]:
     """The test split and what the checkpoint answers to it, or why there is none."""
     try:
-        data: Dataset = checkpoints.load_data(found.config, found.spec, root, console)
+        data: Dataset = checkpoints.load_data(
+            found.config, found.spec, root, console, may_download=False
+        )
     except MnistCliError as error:
         return None, None, error.message
     if data.spec.digest != found.spec.digest:

@@ -153,9 +153,7 @@ def _parallel(record: SweepRecord, keys: Sequence[str], metric: Metric | None) -
         if key in keys
     ]
     means = [row.mean for row in rows if row.mean is not None]
-    axes.append(
-        sweep_plots.axis_of_numbers(metric, means, lambda mean: leaderboard.number(metric, mean))
-    )
+    axes.append(sweep_plots.axis_of_scores(metric, means))
     best = " ".join(f"{key}={leaderboard.cell(rows[0].config.get(key))}" for key in keys)
     label = f"A line for each of {len(rows)} configurations across {len(keys)} keys and {metric}."
     return sweep_plots.parallel(axes, True, f"{label} The winner: {best}.")

@@ -263,6 +263,25 @@ def axis_of_numbers(
     return Axis(name, [place(v) for v in values], [(place(v), told(v)) for v in distinct])
 
 
+def axis_of_scores(metric: str, scores: Sequence[float]) -> Axis:
+    """The axis of what came of it, the winner's score first; its ends say what was moved there."""
+    low, high = _range([Dot(None, score, True, row == 0) for row, score in enumerate(scores)])
+    kept = [score for score in scores if low <= score <= high]
+    room = (max(kept) - min(kept)) / 8
+    below = [score for score in scores if score < low]
+    above = [score for score in scores if score > high]
+    low = min(kept) - room if below else low
+    high = max(kept) + room if above else high
+
+    def told(score: float) -> str:
+        return leaderboard.number(metric, score)
+
+    axis = axis_of_numbers(metric, [_moved(score, low, high) for score in scores], told)
+    ends = [(0.0, f"≤ {told(max(below))}")] if below else []
+    ends += [(1.0, f"≥ {told(min(above))}")] if above else []
+    return axis._replace(ticks=[*ends, *axis.ticks])
+
+
 def parallel(axes: Sequence[Axis], has_winner: bool, label: str) -> Markup:
     """A line for each configuration, from axis to axis; the first one is the winner's.
 

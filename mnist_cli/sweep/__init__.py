@@ -43,6 +43,7 @@ from mnist_cli.sweep.job import (
     has_failed,
     placed,
     record,
+    refuse_same_files,
     result_of,
     run_job,
     shared_words,
@@ -61,6 +62,7 @@ __all__ = [
     "folder_of",
     "outcome_of",
     "record_cut_off",
+    "refuse_same_files",
     "run",
     "run_launched",
     "run_search",
@@ -299,7 +301,12 @@ def finish(
 
 
 def each(jobs: Sequence[Job], console: Console, command: Callable[[Job, Console], Any]) -> int:
-    """Run every job of a command that writes no run folder, as `eval`, and return the exit code."""
+    """Run every job of a command that writes no run folder, as `eval`, and return the exit code.
+
+    Raises:
+        UsageError: two jobs would write the same file; none was run.
+    """
+    refuse_same_files(jobs)
     inner = Console(quiet=console.quiet, as_json=console.as_json, brief=True)
     documents, shared = [], shared_words(jobs)
     for number, job in enumerate(jobs, 1):

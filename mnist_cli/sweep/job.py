@@ -19,9 +19,26 @@ from typing import Any, NamedTuple
 
 from mnist_cli import __version__, durable
 from mnist_cli import run as runs
-from mnist_cli.config import Config, SweepConfig, TrainConfig, config_hash
+from mnist_cli.config import (
+    Config,
+    EvalConfig,
+    ExportConfig,
+    PredictConfig,
+    ReportConfig,
+    SweepConfig,
+    TrainConfig,
+    config_hash,
+)
 from mnist_cli.console import Console
-from mnist_cli.errors import Interrupted, MnistCliError, PrunedError, UsageError, one_line
+from mnist_cli.errors import (
+    Interrupted,
+    MnistCliError,
+    PluginError,
+    PrunedError,
+    UsageError,
+    one_line,
+    shown,
+)
 from mnist_cli.imports import uncollected
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
@@ -85,6 +102,49 @@ def folder_of(jobs: Sequence[Job], settings: SweepConfig | None) -> Path | None:
     with durable.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def refuse_same_files(jobs: Sequence[Job]) -> None:
+    """Refuse jobs of which one would write over what another wrote.
+
+    Raises:
+        UsageError: nothing was written.
+    """
+    seen: dict[tuple[object, ...], Job] = {}
+    for job in jobs:
+        file = _file_of(job.config)
+        if file is None:
+            continue
+        other = seen.setdefault(file, job)
+        if other is not job:
+            shared = shared_words([other, job])
+            first, second = difference(other, shared), difference(job, shared)
+            hint = "run them one by one, each with an out=DIR of its own"
+            if second.startswith("checkpoint="):
+                hint = "type a folder for each: 'out=DIR/${checkpoint}'"
+            raise UsageError(
+                f"two jobs would write the same file in {shown(file[0])}: {first} and {second}",
+                hint,
+            )
+
+
+def _file_of(config: Config) -> tuple[object, ...] | None:
+    """What a job of another command than `train` writes: the folder, and what names the file there.
+
+    None for one that writes nothing.
+    """
+    match config:
+        case ExportConfig():
+            return _absolute(config.out or config.checkpoint), config.format, config.quantize
+        case EvalConfig(out=str(out)) | PredictConfig(out=str(out)):
+            return (_absolute(out),)
+        case ReportConfig(out=str(out)):
+            return _absolute(out), len(config.run)
+    return None
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def shared_words(jobs: Sequence[Job]) -> frozenset[str]:
@@ -187,7 +247,7 @@ def failed(error: Exception, job: Job) -> Document:
     assert isinstance(config, TrainConfig)
     if isinstance(error, PrunedError):
         return RunFolder(Path(config.out or "")).read_result() or document
-    if not isinstance(error, MnistCliError):
+    if not isinstance(error, MnistCliError) or isinstance(error, PluginError):
         details = "".join(traceback.format_exception(error))
         record(config, document["error"], details)
     elif error.exit_code != 7:  # else the folder is somebody else's

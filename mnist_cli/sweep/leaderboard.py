@@ -13,9 +13,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def write(folder: Path, board: dict[str, Any]) -> None:
 
 def show(board: dict[str, Any], console: Console) -> None:
     """The table, what failed, and the winner with the command that repeats it."""
-    headers, rows = _cells(board)
+    headers, rows = _cells(board, short_cell)
     if rows:
         console.table(headers, rows, num_texts=1 + len(board["columns"]))
     failed = [job for row in board["rows"] for job in row["failed"]]
@@ -139,7 +140,7 @@ def show(board: dict[str, Any], console: Console) -> None:
         console.say(f"and {len(failed) - MAX_SHOWN} more, in {NAME}.md")
     console.say(f"ranked   {board['ranked_by']}")
     if board["winner"] is not None:
-        console.say(f"winner   {_sentence(board['winner'])}")
+        console.say(f"winner   {_sentence(board['winner'], short_cell)}")
         console.say(f"repeat   {board['winner']['command']}")
 
 
@@ -310,14 +311,14 @@ def _what_ranks(metric: str | None, rows: Sequence[dict[str, Any]], rest: set[st
 # --- how it looks --------------------------------------------------------------------------------
 
 
-def _cells(board: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _cells(board: dict[str, Any], told: Callable[[Any], str]) -> tuple[list[str], list[list[str]]]:
     metric = next((row["metric"] for row in board["rows"] if row["metric"]), "value")
     test = next((row["test_metric"] for row in board["rows"] if row["test_metric"]), "test")
     headers = ["", *board["columns"], "n", metric, f"test {test}", "train s"]
     rows = [
         [
             str(row["rank"] or "-"),
-            *(cell(value) for value in row["config"].values()),
+            *(told(value) for value in row["config"].values()),
             str(row["n"]) if row["n"] else row["state"],
             spread(row["metric"] or metric, row["mean"], row["std"], row["best_so_far"]),
             spread(test, row["test_mean"], row["test_std"]),
@@ -331,6 +332,24 @@ def _cells(board: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def cell(value: Any) -> str:
     """A value of a configuration as one types it."""
     return value if isinstance(value, str) else "-" if value is None else json.dumps(value)
+
+
+def short_cell(value: Any) -> str:
+    """As `cell`, for lines that people read."""
+    return rounded(cell(value))
+
+
+def rounded(text: str) -> str:
+    """`text` with its long decimal numbers cut to four digits, for lines that people read.
+
+    The values that a search finds have six, which files and commands keep.
+    """
+    return re.sub(r"(?<![\w.])\d+\.\d+(e[+-]?\d+)?(?![\w.%])", _four_digits, text)
+
+
+def _four_digits(number: re.Match[str]) -> str:
+    short = f"{float(number[0]):.4g}"
+    return short if "." in short and len(short) < len(number[0]) else number[0]
 
 
 def spread(metric: str, mean: float | None, std: float | None, so_far: float | None = None) -> str:
@@ -349,8 +368,8 @@ def number(metric: str | None, value: float) -> str:
     return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e6 else f"{value:.2e}"
 
 
-def _sentence(row: dict[str, Any]) -> str:
-    what = " ".join(f"{key}={cell(value)}" for key, value in row["config"].items())
+def _sentence(row: dict[str, Any], told: Callable[[Any], str]) -> str:
+    what = " ".join(f"{key}={told(value)}" for key, value in row["config"].items())
     value = spread(row["metric"], row["mean"], row["std"])
     text = f"{what or 'as it stands'}: {row['metric']} {value}"
     if row["test_mean"] is not None:
@@ -382,7 +401,7 @@ def _csv(board: dict[str, Any]) -> str:
 
 
 def _markdown(board: dict[str, Any]) -> str:
-    headers, rows = _cells(board)
+    headers, rows = _cells(board, cell)
     headers[0] = "rank"
     lines = ["# Leaderboard", "", f"Ranked {board['ranked_by']}.", ""]
     texts = 1 + len(board["columns"])
@@ -394,7 +413,7 @@ def _markdown(board: dict[str, Any]) -> str:
         lines += ["", "## Not completed", "", "| job | how it ended | error |", "|---|---|---|"]
         lines += [_markdown_row([j["job"], j["state"], j["error"] or "cut off"]) for j in failed]
     if board["winner"] is not None:
-        lines += ["", "## Winner", "", f"{_sentence(board['winner'])}. To repeat it:", ""]
+        lines += ["", "## Winner", "", f"{_sentence(board['winner'], cell)}. To repeat it:", ""]
         lines += [f"    {board['winner']['command']}"]
     return "\n".join(lines) + "\n"
 

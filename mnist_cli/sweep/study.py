@@ -290,7 +290,7 @@ def show(board: dict[str, Any], say: Callable[[str], None]) -> None:
             f"{name} {leaderboard.number(name, value)}" for name, value in trial["values"].items()
         ]
         what = " ".join(f"{key}={value}" for key, value in trial["config"].items())
-        say(f"front    {', '.join(values)}  {what}")
+        say(f"front    {', '.join(values)}  {leaderboard.rounded(what)}")
 
 
 def _mend(journal: Path) -> None:
