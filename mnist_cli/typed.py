@@ -166,7 +166,7 @@ def _union(kinds: tuple[Any, ...], data: Any, path: str) -> Any:
 
 def option_names(kind: Any) -> tuple[str, ...]:
     """The values that the `name` of a group option's dataclass may have."""
-    return get_args(get_type_hints(kind)["name"])
+    return get_args(_hints(kind)["name"])
 
 
 def _dataclass(kind: Any, data: Any, path: str, wider: Mapping[str, Any] | None = None) -> Any:

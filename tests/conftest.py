@@ -66,7 +66,20 @@ def run_program(*words: str) -> Outcome:
             code = cli.main(list(words))
     finally:
         signal.signal(signal.SIGTERM, before)
+        _allow_denormals()
     return Outcome(code, stdout.getvalue(), stderr.getvalue())
+
+
+def _allow_denormals() -> None:
+    """Undo what a run does to its process: Hypothesis draws no floats without such numbers."""
+    if torch := sys.modules.get("torch"):
+        torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> None:
+    """A fixture of a wider scope may have trained in this process."""
+    _allow_denormals()
 
 
 @pytest.fixture(scope="session")

@@ -157,10 +157,11 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "completion": {"line"},
     },
     "commands": {
-        "train": {"loop", "logger"}, "loop": set(), "stacked": {"loop"}, "logger": {"export"},
+        "train": {"outcome", "loop", "logger"}, "outcome": {"loop", "logger"}, "loop": set(),
+        "stacked": {"loop"}, "logger": {"export"},
         "evaluate": {"trained"}, "export": {"onnx_file"}, "onnx_file": set(),
         "trained": {"onnx_file"}, "predict": {"trained"}, "demo": {"trained"},
-        "sweep": {"train", "loop", "stacked"}, "report": {"sweep"},
+        "sweep": {"train", "outcome", "loop", "stacked"}, "report": {"sweep"},
     },
     "records": {
         "checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}, "plugin": set(),

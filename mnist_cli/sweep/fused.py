@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from mnist_cli import loop, stacked, train
+from mnist_cli import loop, outcome, stacked, train
 from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted, ResourceError, is_out_of_memory
+from mnist_cli.outcome import Run
 from mnist_cli.signals import SignalWatch
 from mnist_cli.sweep.job import Document, Job, failed, failure
-from mnist_cli.train import Run
 
 MAX_DATA_BYTES = 2**30  # of the data of a stack, which has a copy for each seed
 
@@ -114,8 +114,8 @@ class _Stack:
         """Train all to their ends. Raises Interrupted by a signal, when all is saved."""
         num_jobs = len(self._left)
         for member in list(self._left):
-            with self._ended_by_failure(member), train.recorded(member.run):
-                train.begin(member.run)
+            with self._ended_by_failure(member), outcome.recorded(member.run):
+                outcome.begin(member.run)
                 member.run.console.detail(
                     f"fused    one of {num_jobs} jobs that are trained as one stack: as alone but"
                     " for rounding"
@@ -137,7 +137,7 @@ class _Stack:
         of = {id(member.run.job): member for member in self._left}
         for each in trained:
             member, run = of[id(each.job)], of[id(each.job)].run
-            with self._ended_by_failure(member), train.recorded(run):
+            with self._ended_by_failure(member), outcome.recorded(run):
                 if each.error is not None:
                     raise each.error
                 if not each.row:  # cut off in the middle of an epoch
@@ -155,12 +155,12 @@ class _Stack:
                 return
             with self._ended_by_failure(member):
                 try:
-                    with train.recorded(member.run):
+                    with outcome.recorded(member.run):
                         reason = loop.end(member.run.job, member.run.folder)
-                        result = train.conclude(member.run, self._signals).result
+                        result = outcome.conclude(member.run, self._signals).result
                 except Interrupted:
                     return
-                train.show(member.run, result, reason)
+                outcome.show(member.run, result, reason)
                 self._end(member, result)
 
     @contextlib.contextmanager
@@ -183,7 +183,7 @@ class _Stack:
             message = f"out of memory with {len(self._left)} jobs in one stack"
             error = ResourceError(message, "type sweep.fused=false")
         for member in list(self._left):
-            with self._ended_by_failure(member), train.recorded(member.run):
+            with self._ended_by_failure(member), outcome.recorded(member.run):
                 raise error
 
     def _stop(self) -> NoReturn:
@@ -191,7 +191,7 @@ class _Stack:
         stopped = None
         for member in list(self._left):
             try:
-                with train.recorded(member.run):
+                with outcome.recorded(member.run):
                     loop.stop_if_asked(self._signals, member.run.job, member.run.folder)
             except Interrupted as error:
                 self._end(member, failure(error, member.of_sweep))
