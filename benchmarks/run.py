@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from measure import HERE, Run, ratios, spread_of, timed, told, unpack
 
 ROWS = HERE.parent / "outputs" / "bench"
 INSTALLED = ("textbook", "strong", "scikit-learn")  # with .venv; the others have their own
+PARTS = ("products", "optimizer", "batch", "dropout")  # of a step, see step.py
 EXAMPLES, TEMPLATE = "pytorch/examples", "lightning-hydra-template"
 
 
@@ -71,7 +72,7 @@ WORKS = (
     ),
     Work("cnn, Adam, batch 64", "cnn", "adam", 64, 1, CNN, ("textbook", "strong", "keras")),
     Work(
-        "cnn_dropout, Adadelta, batch 64", "cnn_dropout", "adadelta", 64, 1, CNN_DROPOUT,
+        "cnn_dropout, Adadelta, batch 64", "cnn_dropout", "adadelta", 64, 3, CNN_DROPOUT,
         ("textbook", "strong", EXAMPLES),
     ),
 )  # fmt: skip
@@ -100,6 +101,9 @@ def main() -> None:
         if options.only in "start and memory":
             for name, row in bench.processes().items():
                 keep("process", name, row)
+        if options.only in "what a step is made of":
+            for row in bench.steps():
+                keep("step", row["work"], row)
         for row in sweeps.rows(options.pairs, options.only, options.data, bench.data):
             keep("sweep", row["name"], row)
     text = report()
@@ -224,6 +228,11 @@ class Bench:
             ),
         }
 
+    def steps(self) -> Iterator[dict[str, Any]]:
+        command = [sys.executable, str(HERE / "step.py")]
+        done = timed(command, MNIST_CLI_DATA=str(self.options.data))
+        yield from map(json.loads, done.said.splitlines())
+
     def processes(self) -> dict[str, dict[str, Any]]:
         """Start and memory, each beside what nothing can do without."""
         program = [sys.executable, "-m", "mnist_cli"]
@@ -302,11 +311,11 @@ def kept(section: str) -> list[dict[str, Any]]:
 
 def report() -> str:
     """All rows as Markdown."""
-    sections = ("training", "eval", "process", "sweep")
-    training, evaluation, processes, swept = (kept(name) for name in sections)
+    sections = ("training", "step", "eval", "process", "sweep")
+    training, steps, evaluation, processes, swept = (kept(name) for name in sections)
     order = [(work.name, peer) for work in WORKS for peer in work.peers]
     training.sort(key=lambda row: order.index((row["work"], row["peer"])))
-    rows = [*training, *evaluation, *processes, *swept]
+    rows = [*training, *steps, *evaluation, *processes, *swept]
     dates = sorted({row["date"] for row in rows})
     versions = "; ".join(sorted({row["versions"] for row in rows}))
     threads = "/".join(sorted({str(row["threads"]) for row in rows}))
@@ -338,6 +347,18 @@ def report() -> str:
             limit,
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## What a step is made of", ""]
+    lines += [
+        "Each part alone, as a share of the step: what is left goes to autograd, torch's dispatcher"
+        " and Python, and to what the parts lose beside each other.",
+        "",
+        "| work | a step | matrix products | optimizer | gather, normalise | dropout | the rest |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in steps:
+        shares = [row[name] / row["whole"] for name in PARTS]
+        cells = [f"{share:.0%}" for share in (*shares, 1 - sum(shares))]
+        lines.append(f"| {row['work']} | {row['whole']:,.0f} us | {' | '.join(cells)} |")
     lines += ["", "## Evaluation", ""]
     lines += ["| work | textbook over ours | ours over `import torch` | textbook over it |"]
     lines += ["|---|---|---|---|"]
