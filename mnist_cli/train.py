@@ -6,7 +6,6 @@ Read `run` for the order of things, `loop.py` for the loop, and `outcome.py` for
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -82,10 +81,7 @@ LoadData = Callable[[DatasetConfig, int, torch.device], Dataset]
 
 def load_data(config: DatasetConfig, seed: int, device: torch.device) -> Dataset:
     """As `dataset.load`, on `device`."""
-    data = dataset.load(config, seed)
-    return dataclasses.replace(
-        data, train=data.train.to(device), val=data.val.to(device), test=data.test.to(device)
-    )
+    return dataset.load(config, seed).to(device)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ The test set is the official one; validation rows are taken from the training se
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,6 +97,11 @@ class Dataset:
     val: Split
     test: Split
 
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same rows on `device`."""
+        train, val, test = (one.to(device) for one in (self.train, self.val, self.test))
+        return Dataset(self.spec, train, val, test)
+
 
 def load(config: DatasetConfig, seed: int, *, may_download: bool = True) -> Dataset:
     """Load, verify and split a dataset, downloading it where it is missing.
@@ -110,18 +116,39 @@ def load(config: DatasetConfig, seed: int, *, may_download: bool = True) -> Data
         UsageError: `dataset.val_fraction` leaves a class or a split empty.
         ResourceError: the disk is full.
     """
+    return hold_back(official(config, may_download=may_download), config, seed)
+
+
+def official(config: DatasetConfig, *, may_download: bool = True) -> Dataset:
+    """As `load`, before any row is held back for validation."""
     if isinstance(config, LinearDatasetConfig):
-        return _regression(config, seed)
+        return _regression(config)
     if isinstance(config, DigitsConfig):
-        return _classification(config, digits.load(), digits.CLASSES, seed)
+        return _classification(config.name, digits.load(), digits.CLASSES)
     if isinstance(config, PluginDatasetConfig):
         with code_of_plugin(config, "load"):
             sets, classes = config.load(), config.classes()
         _check_sets(config.name, sets, len(classes))
-        return _classification(config, described(*sets), classes, seed)
+        return _classification(config.name, described(*sets), classes)
     source = source_of(config)
     decoded = image_files.load(source, config.root, config.mirror, may_download=may_download)
-    return _classification(config, decoded, source.classes, seed)
+    return _classification(config.name, decoded, source.classes)
+
+
+def hold_back(data: Dataset, config: DatasetConfig, seed: int) -> Dataset:
+    """`data` with the share `config.val_fraction` of its training rows as validation rows.
+
+    Raises:
+        UsageError: a class or a split would be empty.
+    """
+    if data.spec.task == "regression":
+        train, val = split.random(len(data.train), config.val_fraction, seed)
+    elif config.val_fraction == 0:
+        return data
+    else:
+        train, val = split.stratified(data.train.targets.numpy(), config.val_fraction, seed)
+    rows = data.train
+    return dataclasses.replace(data, train=_rows(rows, train), val=_rows(rows, val))
 
 
 class Normalise(nn.Module):
@@ -149,11 +176,9 @@ class Normalise(nn.Module):
         return inputs.to(torch.float32, copy=True).mul_(self.scale).sub_(self.shift)
 
 
-def _classification(
-    config: DatasetConfig, decoded: Decoded, classes: tuple[str, ...], seed: int
-) -> Dataset:
+def _classification(name: str, decoded: Decoded, classes: tuple[str, ...]) -> Dataset:
     spec = DatasetSpec(
-        name=config.name,
+        name=name,
         task="classification",
         input_shape=tuple(decoded.train_images.shape[1:]),
         classes=classes,
@@ -161,12 +186,9 @@ def _classification(
         std=decoded.std,
         digest=decoded.digest,
     )
-    official = Split(decoded.train_images, _classes(decoded.train_labels))
+    train = Split(decoded.train_images, _classes(decoded.train_labels))
     test = Split(decoded.test_images, _classes(decoded.test_labels))
-    if config.val_fraction == 0:
-        return Dataset(spec, official, Split(official.inputs[:0], official.targets[:0]), test)
-    train, val = split.stratified(decoded.train_labels.numpy(), config.val_fraction, seed)
-    return Dataset(spec, _rows(official, train), _rows(official, val), test)
+    return Dataset(spec, train, _none_of(train), test)
 
 
 def _check_sets(name: str, sets: tuple[Tensor, Tensor, Tensor, Tensor], num_classes: int) -> None:
@@ -188,7 +210,7 @@ def _check_sets(name: str, sets: tuple[Tensor, Tensor, Tensor, Tensor], num_clas
             )
 
 
-def _regression(config: LinearDatasetConfig, seed: int) -> Dataset:
+def _regression(config: LinearDatasetConfig) -> Dataset:
     tensors = linear.load(config)
     spec = DatasetSpec(
         name=config.name,
@@ -199,13 +221,16 @@ def _regression(config: LinearDatasetConfig, seed: int) -> Dataset:
         std=(),
         digest=content_digest(tensors),
     )
-    official, test = Split(*tensors[:2]), Split(*tensors[2:])
-    train, val = split.random(len(official), config.val_fraction, seed)
-    return Dataset(spec, _rows(official, train), _rows(official, val), test)
+    train, test = Split(*tensors[:2]), Split(*tensors[2:])
+    return Dataset(spec, train, _none_of(train), test)
 
 
 def _classes(labels: Tensor) -> Tensor:
     return torch.from_numpy(labels.numpy().astype(np.int64))
+
+
+def _none_of(rows: Split) -> Split:
+    return Split(rows.inputs[:0], rows.targets[:0])
 
 
 def _rows(rows: Split, index: NDArray[np.int64]) -> Split:

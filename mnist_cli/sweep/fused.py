@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from mnist_cli import loop, outcome, stacked, train
+import torch
+
+from mnist_cli import dataset, loop, outcome, stacked, train
 from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console
+from mnist_cli.dataset import Dataset
 from mnist_cli.errors import Interrupted, ResourceError, is_out_of_memory
+from mnist_cli.options import DatasetConfig
 from mnist_cli.outcome import Run
 from mnist_cli.signals import SignalWatch
 from mnist_cli.sweep.job import Document, Job, failed, failure
@@ -71,7 +75,12 @@ def _step(member: _Member) -> int:
 
 def _open(left: list[Job], held: contextlib.ExitStack, on_end: OnEnd) -> list[_Member]:
     """Take from `left` what goes into memory, and hold its run folders."""
-    load = functools.cache(train.load_data)
+    official = functools.cache(dataset.official)
+
+    @functools.cache
+    def load(config: DatasetConfig, seed: int, device: torch.device) -> Dataset:
+        return dataset.hold_back(official(config), config, seed).to(device)
+
     members: list[_Member] = []
     while left:
         if members:
