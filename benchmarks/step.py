@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mnist_cli import compose, line, loop, train
+from mnist_cli import compose, line, loop, runtime, train
 from mnist_cli.loop import Job
 from mnist_cli.model.dropout import Dropout
 
@@ -47,8 +47,9 @@ def prepared(shape: Shape) -> Job:
     model = [f"model.hidden=[{hidden}]", f"model.dropout={DROPOUT}"] if hidden else []
     typed = line.parse_line([
         "train", f"model={'mlp' if hidden else 'linear'}", *model, "optim=adam",
-        f"batch_size={shape.batch_size}",
+        f"batch_size={shape.batch_size}", "device=cpu",
     ])  # fmt: skip
+    runtime.set_up_cpu()
     with compose.initialized(typed):
         config = compose.checked(typed, compose.compose(typed, typed.overrides))
     return train.prepare(config, None, time.monotonic())
@@ -63,6 +64,8 @@ def parts(shape: Shape, job: Job) -> dict[str, Callable[[int], object]]:
     activations = [torch.rand(rows, width) for width in shape.hidden]
 
     def whole(step: int) -> object:
+        loop.set_lr(job, step)
+        runtime.reseed(job.device, runtime.counted_seed(job.config.seed, "step", step))
         return loop.take_step(job, indices[step], step)
 
     def batch(step: int) -> object:

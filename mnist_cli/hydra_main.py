@@ -90,8 +90,9 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
             f"{LAUNCHER}={launcher} is for train: nothing brings back what {line.command} prints",
             f"leave {LAUNCHER}= away",
         )
-    own = [word for word in overrides if not word.startswith(("out=", "sweep."))]
+    own = list(overrides)
     if folder is not None:  # a process on another machine may stand in another folder
+        own = [word for word in overrides if not word.startswith(("out=", "sweep."))]
         own.append(f"hydra.sweep.dir={quoted(str(folder.absolute()))}")
     here: list[dict[str, Any]] = []
     num_jobs, shared = len(jobs), sweep.shared_words(jobs)
@@ -114,7 +115,7 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
         value = (document.get("best") or {}).get("value")
         return math.nan if value is None else float(value)
 
-    if folder is None:  # eval and export write nothing of their own
+    if folder is None:  # only train has a folder for all jobs
         sweep.refuse_same_files(jobs)
         with durable.temporary_folder() as nowhere, raised_in_full():
             _hydra_main(line, [*own, f"hydra.sweep.dir={quoted(str(nowhere))}"], task)

@@ -74,23 +74,22 @@ class Composer:
     def __init__(self, line: Line, parsed: Sequence[Override]) -> None:
         self.line, self._parser = line, OverridesParser.create()
         self._own = [o.input_line or "" for o in parsed if is_sweep_key(o)]
-        self._alike: dict[frozenset[str], DictConfig] = {}
+        self._alike: dict[tuple[str, ...], DictConfig] = {}
 
     def job(self, words: Sequence[str]) -> Job:
         """The job of `words`, checked. Raises UsageError."""
-        composed = self.composed([*self._own, *words])
-        return Job(tuple(words), compose.checked(self.line, composed))
+        return Job(tuple(words), compose.checked(self.line, self.composed(words)))
 
     def composed(self, words: Sequence[str]) -> DictConfig:
-        """What Hydra makes of `words`."""
-        parsed = self._parser.parse_overrides(list(words))
+        """What Hydra makes of `words` and the line's `sweep.*`."""
+        parsed = self._parser.parse_overrides([*self._own, *words])
         values = [override for override in parsed if self._sets_value(override)]
-        shape = frozenset(
+        shape = tuple(
             (override.key_or_group if override in values else override.input_line) or ""
             for override in parsed
         )
         if shape not in self._alike:
-            self._alike[shape] = compose.compose(self.line, words)
+            self._alike[shape] = compose.compose(self.line, [*self._own, *words])
         config = copy.deepcopy(self._alike[shape])
         for override in values:
             OmegaConf.update(config, override.key_or_group, override.value())
@@ -118,7 +117,7 @@ def sweep_settings(composer: Composer, parsed: Sequence[Override]) -> SweepConfi
                 f"{shown(override.input_line)} gives several values to a key of the whole sweep",
                 "type one value",
             )
-    words = [_first_word(override) for override in parsed]
+    words = [_first_word(override) for override in parsed if not is_sweep_key(override)]
     data = OmegaConf.to_container(composer.composed(words), resolve=True)
     assert isinstance(data, dict)
     settings = sweep_config(data["sweep"]) if "sweep" in data else None

@@ -9,7 +9,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,14 +39,15 @@ from mnist_cli.signals import SignalWatch
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run at work: what it trains, the folder that it holds, and the `time.monotonic()` of its
-    start.
+    """A run at work: what it trains, the folder that it holds, the `time.monotonic()` of its start,
+    and what earlier sessions took, in seconds, by the names of result.json.
     """
 
     job: Job
     folder: RunFolder
     console: Console
     started_s: float
+    earlier: dict[str, float] = field(default_factory=dict)
 
 
 def begin(run: Run) -> None:
@@ -153,7 +154,9 @@ def _result(run: Run, status: str) -> dict[str, Any]:
     job = run.job
     best, progress, spec = job.progress.best, job.progress, job.data.spec
     samples = progress.step / job.steps_per_epoch * len(job.data.train)
-    times = job.times | {"train_s": progress.train_s + progress.epoch_s}
+    now = job.times | {"total_s": time.monotonic() - run.started_s}
+    times = {name: seconds + run.earlier.get(name, 0.0) for name, seconds in now.items()}
+    times["train_s"] = progress.train_s + progress.epoch_s
     return {
         "schema": runs.SCHEMA,
         "command": "train",
@@ -180,7 +183,7 @@ def _result(run: Run, status: str) -> dict[str, Any]:
         "best": None if best is None else dataclasses.asdict(best),
         "val": None,
         "test": None,
-        "time": {"total_s": time.monotonic() - run.started_s} | times,
+        "time": times,
         "samples_per_s": samples / times["train_s"] if times["train_s"] else None,
     }
 

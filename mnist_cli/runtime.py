@@ -13,6 +13,7 @@ import hashlib
 import platform
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,8 @@ def set_up_cpu() -> None:
     To be called before torch has started threads of its own, which inherit the second.
     """
     _keep_freed_memory()
+    for kind in (np.float32, np.float64):
+        np.finfo(kind)  # NumPy below 2.4 warns where it looks for the first time in this mode
     # Numbers below 1e-38 count as 0. The averages that Adam and momentum keep for a unit which has
     # fallen silent pass through that range, where an operation takes a hundred times as long.
     torch.set_flush_denormal(True)

@@ -15,7 +15,6 @@ from mnist_cli.options import (
     PluginScheduleConfig,
     ScheduleConfig,
     StepConfig,
-    code_of_plugin,
 )
 
 
@@ -48,8 +47,7 @@ def lr_factor(config: ScheduleConfig, step: int, steps_per_epoch: int, total_ste
         case OnecycleConfig():
             return warmup * _onecycle(config, steps_after, num_steps)
         case PluginScheduleConfig():
-            with code_of_plugin(config, "compute"):
-                return warmup * config.factor(step, steps_per_epoch, total_steps)
+            return warmup * config.factor(step, steps_per_epoch, total_steps)
 
 
 def may_extend(config: ScheduleConfig) -> bool:

@@ -20,10 +20,16 @@ from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, Normalise
 from mnist_cli.errors import DataError, UsageError
 from mnist_cli.logger import Loggers
-from mnist_cli.loop import Job, ShouldStop, fit, lr_of, never, timed
+from mnist_cli.loop import Job, ShouldStop, fit, is_over, lr_of, never, timed
 from mnist_cli.loss import build_loss
 from mnist_cli.model import build_model
-from mnist_cli.options import DatasetConfig, PluginLossConfig, PluginModelConfig, code_of_plugin
+from mnist_cli.options import (
+    DatasetConfig,
+    PluginLossConfig,
+    PluginModelConfig,
+    PluginScheduleConfig,
+    code_of_plugin,
+)
 from mnist_cli.outcome import Run
 from mnist_cli.signals import SignalWatch
 
@@ -100,6 +106,7 @@ def opened(
     Raises:
         MnistCliError: as `run` does before it trains.
     """
+    runtime.set_up_cpu()
     old_folder = resume.folder_of(config)
     if old_folder is None:
         logger.require(config.logger)
@@ -133,7 +140,8 @@ def opened(
                 console.warn(difference)
             console.say(f"resuming at step {before.progress.step}")
             folder.keep_metrics_until(before.progress.step // job.steps_per_epoch)
-            yield Run(job, folder, console, started_s - _add_times(job, runs.times_of(result)))
+            earlier = _times_before(job, runs.times_of(result))
+            yield Run(job, folder, console, started_s, earlier)
 
 
 def prepare(
@@ -145,7 +153,6 @@ def prepare(
     """Device, data, model, loss and optimizer; as they stood at the checkpoint `before`, if any."""
     times = {"startup_s": time.monotonic() - started_s}
     device = runtime.resolve_device(config.device, config.precision)
-    runtime.set_up_cpu()
     with timed(times, "data_s"):
         data = load(config.dataset, config.seed, device)
     runtime.reseed(torch.device("cpu"), runtime.counted_seed(config.seed, "init"))
@@ -175,30 +182,28 @@ def prepare(
     return job
 
 
-def _add_times(job: Job, before: dict[str, float]) -> float:
-    """Add what the sessions `before` took to the times of `job`, and return what they took in all.
+def _times_before(job: Job, told: dict[str, float]) -> dict[str, float]:
+    """What the sessions before took, by the times `told` that the last of them left.
 
     Of one that was killed, only the training is known, by its last checkpoint.
     """
-    for name in job.times:
-        job.times[name] += before.get(name, 0.0)
     trained_s = job.progress.train_s + job.progress.epoch_s
-    untold_s = max(0.0, trained_s - before.get("train_s", 0.0))
-    return before.get("total_s", 0.0) + untold_s
+    untold_s = max(0.0, trained_s - told.get("train_s", 0.0))
+    return told | {"total_s": told.get("total_s", 0.0) + untold_s}
 
 
 def _try_plugins(job: Job) -> None:
-    """Let what plugins brought see two samples, so that it fails before anything is written.
+    """Let what plugins brought see a batch, so that it fails before anything is written.
 
     Raises:
         UsageError: it fails, or the model gives outputs of another shape.
     """
     config, train = job.config, job.data.train
-    targets = train.targets[:2]
+    targets = train.targets[: config.batch_size]
     outputs = torch.zeros(len(targets), job.data.spec.num_outputs, device=job.device)
     if isinstance(config.model, PluginModelConfig):
         with code_of_plugin(config.model, "answer with"), torch.no_grad():
-            shape = tuple(job.model.eval()(job.normalise(train.inputs[:2])).shape)
+            shape = tuple(job.model.eval()(job.normalise(train.inputs[: config.batch_size])).shape)
         if shape != tuple(outputs.shape):
             raise UsageError(
                 f"model={config.model.name} gives outputs of shape {shape} for {len(targets)}"
@@ -208,4 +213,6 @@ def _try_plugins(job: Job) -> None:
     if isinstance(config.loss, PluginLossConfig):
         with code_of_plugin(config.loss, "compute"):
             job.loss(outputs, targets).item()
-    lr_of(job, job.progress.step)
+    if isinstance(config.schedule, PluginScheduleConfig) and not is_over(job):
+        with code_of_plugin(config.schedule, "compute"):
+            lr_of(job, job.progress.step)

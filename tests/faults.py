@@ -375,14 +375,11 @@ def program_with_threads(words: list[str], threads: int) -> int:
     return cli.main(words)
 
 
-def flush_denormals(threads: int) -> None:
-    """Multiply a number below 1e-38 by 1, in each of so many threads."""
+def denormals_after(words: list[str], threads: int) -> None:
+    """After the program multiply a number below 1e-38 by 1, in each of so many threads."""
     import torch
 
-    from mnist_cli import runtime
-
-    runtime.set_up_cpu()
-    torch.set_num_threads(threads)
+    assert program_with_threads(words, threads) == 0
     assert not (torch.full((2**20 * threads,), 1e-40) * 1).any()
 
 
@@ -591,7 +588,7 @@ JOBS: dict[str, Callable[..., Any]] = {
         program_as_plain_user,
         program_without_temporary_folder,
         program_with_threads,
-        flush_denormals,
+        denormals_after,
         program_on_small_disk,
         program_on_read_only,
         program_without_folder,

@@ -818,6 +818,7 @@ def test_a_configuration_can_not_name_foreign_code(mnist_cli: Program, tmp_path:
         ("eval checkpoint=a split=val,test out=c,./c", "run them one by one"),
         ("export checkpoint=a,b format=onnx out=c", "type a folder for each"),
         ("export checkpoint=a format=onnx opset=18,19 overwrite=true", "run them one by one"),
+        ("export checkpoint=a,a/last.safetensors format=onnx", "type a folder for each"),
         ("report run=a,b out=c", "run them one by one"),
     ],
 )

@@ -416,6 +416,21 @@ def test_what_was_not_used_for_a_month_is_removed(tmp_path: Path, private_cache:
     assert paths[0].stat().st_mtime == pytest.approx(month_ago)  # it was used, not written again
 
 
+def test_a_full_disk_is_cleaned_before_it_is_written_to(
+    tmp_path: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_mnist_like(tmp_path, "fashion_mnist", 10, 10)
+    image_files.load(source, str(tmp_path))
+    path = cache_file(private_cache)
+    left = path.parent / f".{path.name}.left.tmp"
+    left.touch()
+    os.utime(left, (0, 0))
+    path.unlink()
+    monkeypatch.setattr(cache, "save", lambda *arguments: None)  # nothing can be written
+    image_files.load(source, str(tmp_path))
+    assert {*path.parent.iterdir()} == set()
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_digest_sees_types_shapes_and_bytes(seed: int) -> None:

@@ -68,6 +68,17 @@ def test_the_training_split(mnist_cli: Program, trained: Trained) -> None:
     assert len({json.dumps(result_of(run)[split]) for split in ("val", "test")}) == 2
 
 
+@pytest.mark.parametrize("more", [(), ("hydra.verbose=false",)])
+def test_each_job_of_several_leaves_its_file(
+    mnist_cli: Program, trained: Trained, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    run = trained("model=linear", "dataset=digits", "epochs=1")
+    words = (f"checkpoint={run}", "split=val,test", f"out={tmp_path}/${{split}}", *more)
+    assert mnist_cli("eval", "-m", *words).code == 0
+    for split in ("val", "test"):
+        assert (tmp_path / split / "eval.json").exists()
+
+
 def test_an_empty_split_is_a_usage_error(mnist_cli: Program, trained: Trained) -> None:
     run = trained(*LINE)
     outcome = mnist_cli("eval", f"checkpoint={run}", "split=val")

@@ -406,13 +406,14 @@ class Loss(PluginLossConfig):
     def build(self, task):
         if self.fails == "build":
             raise SystemExit(0)
-        return lambda outputs, labels: outputs[7].sum()
+        return lambda outputs, labels: outputs[0, 10].sum()
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(PluginScheduleConfig):
     name: Literal["bad"]
+    fails: Literal["start", "end"]
     def factor(self, step, steps_per_epoch, total_steps):
-        return 1 / step
+        return 1 / step if self.fails == "start" else ([1.0] * total_steps)[step]
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset(PluginDatasetConfig):
@@ -435,7 +436,7 @@ def failing(site: Path) -> Path:
     files["bad/conf/model/bad.yaml"] += "fails: 'no'\n"
     files["bad/conf/optim/bad.yaml"] += "lr: 0.1\n"
     files["bad/conf/loss/bad.yaml"] += "fails: build\n"
-    files["bad/conf/schedule/bad.yaml"] += "warmup_epochs: 0.0\n"
+    files["bad/conf/schedule/bad.yaml"] += "warmup_epochs: 0.0\nfails: start\n"
     files["bad/conf/dataset/bad.yaml"] += "val_fraction: 0.1\n"
     install(site, files)
     return site / "bad" / "options.py"
@@ -466,6 +467,18 @@ def test_what_fails_in_a_plugin_names_it_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_schedule_is_not_asked_for_a_step_behind_its_last(
+    mnist_cli: Program, failing: Path, tmp_path: Path
+) -> None:
+    words = ("plugin=bad", "model=linear", "schedule=bad", "schedule.fails=end", *RUN)
+    run = tmp_path / "run"
+    assert mnist_cli("train", *words, f"out={run}").code == 0
+    (run / "result.json").unlink()  # as a kill before its end would have left it
+    ended = mnist_cli("train", "plugin=bad", f"resume={run}")
+    assert ended.code == 0, ended.stderr
+    assert (run / "result.json").exists()
+
+
 def test_the_place_in_the_plugin_is_named(mnist_cli: Program, failing: Path) -> None:
     ended = mnist_cli("train", "plugin=bad", "model=bad", "model.fails=build", *RUN)
     line = 1 + FAILING.splitlines().index("            return {}[input_shape]")
@@ -477,7 +490,7 @@ def test_what_a_plugin_refuses_is_said_in_its_words(mnist_cli: Program, failing:
     assert ended[::2] == (2, "error: model=bad is for nothing\nhint: take another\n")
     ended = mnist_cli("train", "plugin=bad", "model=bad", "model.fails=shape", *RUN)
     assert ended.code == 2
-    assert "gives outputs of shape (2, 7) for 2 samples, not (2, 10)" in ended.error
+    assert "gives outputs of shape (64, 7) for 64 samples, not (64, 10)" in ended.error
 
 
 def test_a_job_that_fails_in_a_plugin_keeps_the_traceback_in_its_log(

@@ -28,7 +28,7 @@ from faults import (
     two_lines,
 )
 
-from mnist_cli import checkpoint, loop, train
+from mnist_cli import checkpoint, loop, outcome, train
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.console import Console
 
@@ -63,7 +63,7 @@ class Stops:
         self.lrs: dict[int, float] = {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "save", self._noting_save(loop.save))
-            patch.setattr(train, "save", loop.save)
+            patch.setattr(outcome, "save", loop.save)
             patch.setattr(loop, "set_lr", noting_lr(self.lrs))
             patch.setattr(os, "fsync", lambda descriptor: None)  # no power cut here, but in a hurry
             ended = here(*TRAIN, *words, "save_every=1", f"out={self.folder}", "--quiet")

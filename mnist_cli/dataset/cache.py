@@ -47,6 +47,8 @@ def cached(name: str, paths: tuple[Path, ...], build: Callable[[], Decoded]) -> 
         return build()
     place = _sha256(json.dumps([str(path) for path in paths]))
     path = folder / "decoded" / f"{name}-{place[:16]}.safetensors"
+    with contextlib.suppress(OSError):
+        _remove_unused(path)
     key = _key(paths)
     decoded = load(path, key)
     if decoded is None:
@@ -55,7 +57,6 @@ def cached(name: str, paths: tuple[Path, ...], build: Callable[[], Decoded]) -> 
             save(path, key, decoded)
     with contextlib.suppress(OSError):
         _note_use(path)
-        _remove_unused(path)
     return decoded
 
 
@@ -127,7 +128,7 @@ def _remove_unused(path: Path) -> None:
     """Remove what is no longer used of the dataset of `path`, and what a killed process left."""
     name, now = path.name.rpartition("-")[0], time.time()
     for pattern, limit_s in ((f"{name}-*.safetensors", UNUSED_S), (f".{name}-*.tmp", STALE_S)):
-        for other in path.parent.glob(pattern):
+        for other in set(path.parent.glob(pattern)) - {path}:
             with contextlib.suppress(OSError):
                 state = other.stat()
                 if now - max(state.st_atime, state.st_mtime) > limit_s:

@@ -47,7 +47,7 @@ class Board:
         self._ended: list[Line] = []
 
     def add(self, job: Job, label: str, number: int) -> None:
-        self._lines[_key(job)] = Line(number, leaderboard.rounded(label))
+        self._lines[_key(job)] = Line(number, label)
 
     def skipped(self, job: Job, document: Document) -> None:
         self._end(job, document, "done before")

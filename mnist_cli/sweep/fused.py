@@ -103,6 +103,7 @@ def _open(left: list[Job], held: contextlib.ExitStack, on_end: OnEnd) -> list[_M
             members.append(_Member(job, found, own))
         else:
             on_end(job, found)
+    official.cache_clear()
     for name in ("startup_s", "data_s"):
         shared_s = sum(member.run.job.times[name] for member in members)
         for member in members:

@@ -135,7 +135,9 @@ def _file_of(config: Config) -> tuple[object, ...] | None:
     """
     match config:
         case ExportConfig():
-            return _absolute(config.out or config.checkpoint), config.format, config.quantize
+            run = Path(config.checkpoint)
+            folder = config.out or str(run.parent if run.suffix else run)
+            return _absolute(folder), config.format, config.quantize
         case EvalConfig(out=str(out)) | PredictConfig(out=str(out)):
             return (_absolute(out),)
         case ReportConfig(out=str(out)):

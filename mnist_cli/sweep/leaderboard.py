@@ -130,7 +130,8 @@ def write(folder: Path, board: dict[str, Any]) -> None:
 
 def show(board: dict[str, Any], console: Console) -> None:
     """The table, what failed, and the winner with the command that repeats it."""
-    headers, rows = _cells(board, short_cell)
+    told = short_cell if "objectives" in board else cell  # a search finds more than one reads
+    headers, rows = _cells(board, told)
     if rows:
         console.table(headers, rows, num_texts=1 + len(board["columns"]))
     failed = [job for row in board["rows"] for job in row["failed"]]
@@ -140,7 +141,7 @@ def show(board: dict[str, Any], console: Console) -> None:
         console.say(f"and {len(failed) - MAX_SHOWN} more, in {NAME}.md")
     console.say(f"ranked   {board['ranked_by']}")
     if board["winner"] is not None:
-        console.say(f"winner   {_sentence(board['winner'], short_cell)}")
+        console.say(f"winner   {_sentence(board['winner'], told)}")
         console.say(f"repeat   {board['winner']['command']}")
 
 
@@ -344,7 +345,7 @@ def rounded(text: str) -> str:
 
     The values that a search finds have six, which files and commands keep.
     """
-    return re.sub(r"(?<![\w.])\d+\.\d+(e[+-]?\d+)?(?![\w.%])", _four_digits, text)
+    return re.sub(r"(?<![\w./])\d+\.\d+(e[+-]?\d+)?(?![\w.%])", _four_digits, text)
 
 
 def _four_digits(number: re.Match[str]) -> str:
