@@ -838,6 +838,7 @@ def test_jobs_that_write_different_files_are_run(mnist_cli: Program, empty_cwd: 
     for words in (
         ("eval", "checkpoint=a,b", "out=c/${checkpoint}"),
         ("export", "checkpoint=a", "format=onnx,safetensors", "out=c"),
+        ("export", "checkpoint=a/lr=0.1,a/lr=0.2", "format=onnx"),
         ("eval", "checkpoint=a,b"),
         ("report", "run=a,b"),
     ):

@@ -135,8 +135,9 @@ def _file_of(config: Config) -> tuple[object, ...] | None:
     """
     match config:
         case ExportConfig():
-            run = Path(config.checkpoint)
-            folder = config.out or str(run.parent if run.suffix else run)
+            source = Path(config.checkpoint)
+            run = source.parent if source.suffix == ".safetensors" else source
+            folder = config.out or str(run)
             return _absolute(folder), config.format, config.quantize
         case EvalConfig(out=str(out)) | PredictConfig(out=str(out)):
             return (_absolute(out),)
