@@ -582,13 +582,12 @@ def test_what_is_drawn_is_recognized(served: Demo, browser: Any, device: str) ->
     tab, asked, said = watched(browser, served.url, **options)
     for label, stroke in (("1", ONE), ("0", ZERO)):
         draw(tab, stroke)
-        wait_for(tab, label)
+        served.child.wait_for(lambda tab=tab: shows_what_the_model_sees(tab))
         assert tab.locator("li.answer .name").inner_text() == label
         share = float(tab.locator("li.answer .share").inner_text().rstrip("%"))
         assert share > 50
         shares = tab.locator(".share").all_inner_texts()
         assert sum(float(text.rstrip("%")) for text in shares) == pytest.approx(100, abs=0.1)
-        served.child.wait_for(lambda tab=tab: shows_what_the_model_sees(tab))
         assert tab.locator("#seen").evaluate("e => getComputedStyle(e).imageRendering") == (
             "pixelated"
         )
@@ -617,6 +616,22 @@ def test_real_digits_are_recognized_too(
     assert said == []
     draw_with_mouse(tab, ONE)
     tab.locator("#notice").get_by_text("can't be reached").wait_for()
+    tab.context.close()
+
+
+def test_clearing_ends_what_is_asked(served: Demo, browser: Any) -> None:
+    tab, asked, said = watched(browser, served.url)
+    held: list[Any] = []
+    tab.route("**/answer", lambda route: held.append(route), times=1)
+    draw_with_mouse(tab, ZERO)
+    tab.locator("#clear").click()
+    [question] = held
+    question.continue_()
+    tab.wait_for_function("() => !isAsking")
+    assert tab.locator("#notice").inner_text() == ""
+    assert set(tab.locator(".share").all_inner_texts()) == {"-"}
+    assert asked == [served.url, f"{served.url}answer"]
+    assert said == []
     tab.context.close()
 
 
