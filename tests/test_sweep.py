@@ -753,19 +753,6 @@ def test_people_see_four_digits_and_files_hold_what_was_run(mnist_cli: Program) 
         assert all(value in (Path("a") / name).read_text() for value in full)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("optim.lr=0.0690304 seed=123456", "optim.lr=0.06903 seed=123456"),
-        ("optim.eps=7.75841e-08", "optim.eps=7.758e-08"),
-        ("optim.betas=[0.912345,0.999954]", "optim.betas=[0.9123,0.999954]"),
-        ("out=a0.123456 out=1.2.34567 x=0.25 y=12345.678", None),
-    ],
-)
-def test_only_long_decimal_numbers_are_rounded(text: str, expected: str | None) -> None:
-    assert leaderboard.rounded(text) == (expected or text)
-
-
 def test_a_regression_is_searched_downward(mnist_cli: Program) -> None:
     words = ("train", "-m", "dataset=linear", "loss=mse", "model=linear", "epochs=3")
     words += ("dataset.num_samples=200", "dataset.val_fraction=0.2")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import shlex
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -130,7 +129,7 @@ def write(folder: Path, board: dict[str, Any]) -> None:
 
 def show(board: dict[str, Any], console: Console) -> None:
     """The table, what failed, and the winner with the command that repeats it."""
-    told = short_cell if "objectives" in board else cell  # a search finds more than one reads
+    told = short_cell if "objectives" in board else cell
     headers, rows = _cells(board, told)
     if rows:
         console.table(headers, rows, num_texts=1 + len(board["columns"]))
@@ -336,21 +335,8 @@ def cell(value: Any) -> str:
 
 
 def short_cell(value: Any) -> str:
-    """As `cell`, for lines that people read."""
-    return rounded(cell(value))
-
-
-def rounded(text: str) -> str:
-    """`text` with its long decimal numbers cut to four digits, for lines that people read.
-
-    The values that a search finds have six, which files and commands keep.
-    """
-    return re.sub(r"(?<![\w./])\d+\.\d+(e[+-]?\d+)?(?![\w.%])", _four_digits, text)
-
-
-def _four_digits(number: re.Match[str]) -> str:
-    short = f"{float(number[0]):.4g}"
-    return short if "." in short and len(short) < len(number[0]) else number[0]
+    """As `cell`, with four digits: a search finds six, which files and commands keep."""
+    return f"{value:.4g}" if isinstance(value, float) else cell(value)
 
 
 def spread(metric: str, mean: float | None, std: float | None, so_far: float | None = None) -> str:

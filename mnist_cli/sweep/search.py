@@ -15,7 +15,6 @@ from mnist_cli.config import OBJECTIVES, SweepConfig, TrainConfig
 from mnist_cli.errors import LockedError, MnistCliError, UsageError
 from mnist_cli.sweep.board import Board
 from mnist_cli.sweep.job import Document, Job, failure, has_failed, placed, result_of
-from mnist_cli.sweep.leaderboard import rounded
 from mnist_cli.sweep.space import Space, words_of
 from mnist_cli.sweep.study import Study
 
@@ -103,7 +102,8 @@ class Search:
                 self._running[key].append(trial)
                 continue
             assert self.board is not None
-            self.board.add(job, rounded(label), trial.number + 1)
+            shown = " ".join(words_of(self._space, trial.params, digits=4))
+            self.board.add(job, shown, trial.number + 1)
             done = result_of(job, with_pruned=self.asks)
             if done is not None:
                 self._tell([trial], done)

@@ -69,10 +69,10 @@ class Numbers(NamedTuple):
 Space = Sequence[Choice | Numbers]
 
 
-def words_of(space: Space, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The overrides that choose `values`; floats with six digits, which is what is run."""
+def words_of(space: Space, values: Mapping[str, Any], digits: int = 6) -> tuple[str, ...]:
+    """The overrides that choose `values`; what is run has floats of six digits."""
     typed = (values[part.key] for part in space)
     return tuple(
-        f"{part.key}={f'{value:.6g}' if isinstance(value, float) else value}"
+        f"{part.key}={f'{value:.{digits}g}' if isinstance(value, float) else value}"
         for part, value in zip(space, typed, strict=True)
     )

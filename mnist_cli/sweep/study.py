@@ -289,8 +289,9 @@ def show(board: dict[str, Any], say: Callable[[str], None]) -> None:
         values = [
             f"{name} {leaderboard.number(name, value)}" for name, value in trial["values"].items()
         ]
-        what = " ".join(f"{key}={value}" for key, value in trial["config"].items())
-        say(f"front    {', '.join(values)}  {leaderboard.rounded(what)}")
+        chosen = trial["config"].items()
+        what = " ".join(f"{key}={leaderboard.short_cell(value)}" for key, value in chosen)
+        say(f"front    {', '.join(values)}  {what}")
 
 
 def _mend(journal: Path) -> None:
