@@ -355,13 +355,36 @@ def code_of_plugin(option: PluginConfig, doing: str) -> Iterator[None]:
             for group, known in pairs
             if isinstance(option, known)
         )
-        file = inspect.getfile(type(option))
-        lines = [
-            at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == file
-        ]
-        place = f"line {lines[-1]} of {file}" if lines else file
-        raise PluginError(
-            f"the plugin '{name}' failed to {doing} {group}={option.name}:"
-            f" {type(error).__name__}: {error}",
-            f"mend {place}, update its package, or leave it away",
-        ) from error
+        place = _place_in(_package_of(type(option)), error) or inspect.getfile(type(option))
+        what = f"'{name}' failed to {doing} {group}={option.name}"
+        raise _plugin_error(what, error, place) from error
+
+
+def plugin_at_fault(error: BaseException) -> PluginError | None:
+    """The error for one that was raised while the code of a plugin ran, if it was."""
+    for name, pairs in PLUGINS.items():
+        for package in {_package_of(option) for _, option in pairs}:
+            if place := _place_in(package, error):
+                return _plugin_error(f"'{name}' failed", error, place)
+    return None
+
+
+def _package_of(option: type[PluginConfig]) -> str:
+    return option.__module__.partition(".")[0]
+
+
+def _place_in(package: str, error: BaseException) -> str | None:
+    """The innermost line of `package` that was at work when `error` was raised."""
+    places = [
+        f"line {line} of {frame.f_code.co_filename}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").partition(".")[0] == package
+    ]
+    return places[-1] if places else None
+
+
+def _plugin_error(what: str, error: BaseException, place: str) -> PluginError:
+    return PluginError(
+        f"the plugin {what}: {type(error).__name__}: {error}",
+        f"mend {place}, update its package, or leave it away",
+    )

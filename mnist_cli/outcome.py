@@ -23,6 +23,7 @@ from mnist_cli.console import Console
 from mnist_cli.errors import (
     DivergedError,
     Interrupted,
+    MnistCliError,
     PrunedError,
     ResourceError,
     UsageError,
@@ -32,7 +33,7 @@ from mnist_cli.errors import (
 from mnist_cli.logger import Finished
 from mnist_cli.loop import Job, diverged, save, stop_if_asked, timed
 from mnist_cli.model import num_params
-from mnist_cli.options import LinearModelConfig, plugin_words
+from mnist_cli.options import LinearModelConfig, plugin_at_fault, plugin_words
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
 
@@ -104,6 +105,8 @@ def _explained(error: BaseException, config: TrainConfig) -> BaseException:
     if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).strip().splitlines()[0]
         return UsageError(f"compile=true fails here: {reason}", "type compile=false")
+    if not isinstance(error, MnistCliError | Interrupted | KeyboardInterrupt):
+        return plugin_at_fault(error) or error
     return error
 
 

@@ -411,8 +411,10 @@ class Loss(PluginLossConfig):
 @dataclass(frozen=True, kw_only=True)
 class Schedule(PluginScheduleConfig):
     name: Literal["bad"]
-    fails: Literal["start", "end"]
+    fails: Literal["start", "end", "later"]
     def factor(self, step, steps_per_epoch, total_steps):
+        if self.fails == "later":
+            return {0: 1.0, 1: 1.0}[step]
         return 1 / step if self.fails == "start" else ([1.0] * total_steps)[step]
 
 @dataclass(frozen=True, kw_only=True)
@@ -483,6 +485,27 @@ def test_the_place_in_the_plugin_is_named(mnist_cli: Program, failing: Path) -> 
     ended = mnist_cli("train", "plugin=bad", "model=bad", "model.fails=build", *RUN)
     line = 1 + FAILING.splitlines().index("            return {}[input_shape]")
     assert f"mend line {line} of {failing}, " in ended.hint
+
+
+@pytest.mark.parametrize("fused", ["false", "true"])
+def test_what_fails_in_a_plugin_only_after_some_steps_names_it_too(
+    mnist_cli: Program, failing: Path, tmp_path: Path, fused: str
+) -> None:
+    run, sweep = tmp_path / "run", tmp_path / "sweep"
+    words = ("plugin=bad", "model=linear", "schedule=bad", "schedule.fails=later", *RUN)
+    ended = mnist_cli("train", *words, f"out={run}")
+    line = 1 + FAILING.splitlines().index("            return {0: 1.0, 1: 1.0}[step]")
+    message = "the plugin 'bad' failed: KeyError: 2"
+    hint = f"mend line {line} of {failing}, update its package, or leave it away"
+    assert ended[::2] == (2, f"error: {message}\nhint: {hint}\n")
+    assert json.loads((run / "result.json").read_text())["error"] == message
+    ended = mnist_cli(
+        "train", "-m", *words, "optim.lr=0.1,0.2", f"sweep.fused={fused}", f"out={sweep}"
+    )
+    assert ended.code == 1
+    results = [json.loads(path.read_text()) for path in sweep.glob("*/result.json")]
+    assert [result["error"] for result in results] == [message] * 2
+    assert all("Traceback" in path.read_text() for path in sweep.glob("*/train.log"))
 
 
 def test_what_a_plugin_refuses_is_said_in_its_words(mnist_cli: Program, failing: Path) -> None:
