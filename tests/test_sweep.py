@@ -751,6 +751,8 @@ def test_people_see_four_digits_and_files_hold_what_was_run(mnist_cli: Program) 
     assert f"optim.lr={full[0]} " in next(line for line in said if line.startswith("repeat"))
     for name in ("leaderboard.csv", "leaderboard.md"):
         assert all(value in (Path("a") / name).read_text() for value in full)
+    for name in ("history", "pareto"):
+        assert {str(trial["config"]["optim.lr"]) for trial in board[name]} <= set(full)
 
 
 def test_a_regression_is_searched_downward(mnist_cli: Program) -> None:

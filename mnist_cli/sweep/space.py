@@ -69,10 +69,15 @@ class Numbers(NamedTuple):
 Space = Sequence[Choice | Numbers]
 
 
+def as_run(value: Any) -> Any:
+    """A value as it is run after Optuna chose it: of its 17 digits a float keeps six."""
+    return float(_typed(value, 6)) if isinstance(value, float) else value
+
+
 def words_of(space: Space, values: Mapping[str, Any], digits: int = 6) -> tuple[str, ...]:
-    """The overrides that choose `values`; what is run has floats of six digits."""
-    typed = (values[part.key] for part in space)
-    return tuple(
-        f"{part.key}={f'{value:.{digits}g}' if isinstance(value, float) else value}"
-        for part, value in zip(space, typed, strict=True)
-    )
+    """The overrides that choose `values`; with six digits they are what is run."""
+    return tuple(f"{part.key}={_typed(values[part.key], digits)}" for part in space)
+
+
+def _typed(value: Any, digits: int) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

@@ -24,7 +24,7 @@ from mnist_cli.config import OBJECTIVES, SweepConfig
 from mnist_cli.errors import UsageError
 from mnist_cli.sweep import leaderboard
 from mnist_cli.sweep.job import Document, has_failed
-from mnist_cli.sweep.space import Space
+from mnist_cli.sweep.space import Space, as_run
 
 if TYPE_CHECKING:
     import optuna
@@ -247,8 +247,8 @@ class Study:
         }
 
     def _chosen(self, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-        """What was chosen, in the order of the line."""
-        return {part.key: trial.params.get(part.key) for part in self._space}
+        """What was run, in the order of the line."""
+        return {part.key: as_run(trial.params.get(part.key)) for part in self._space}
 
     def _importance(self) -> dict[str, float]:
         """The share of each key in what sets the best trials apart; empty for too few of them.
