@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pages import EVIL, assert_asks_for_nothing, assert_loads_nothing, parsed, text_of
 
-from mnist_cli.report import sweep_page, sweep_plots, sweep_record
+from mnist_cli.report import sweep_axes, sweep_page, sweep_plots, sweep_record
+from mnist_cli.report.sweep_axes import Dot
+from mnist_cli.report.sweep_plots import Ending
 from mnist_cli.sweep import leaderboard
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
@@ -407,6 +409,18 @@ def test_any_sweep_can_be_drawn(
     assert "Leaderboard" in path.read_text()
 
 
+@pytest.mark.parametrize("least", [5e-324, 1e-300, 1e-99, 0.0])
+def test_a_number_may_be_as_small_as_it_likes(least: float) -> None:
+    numbers = (least, 1.0, 1e50)
+    dots = [Dot(value, value, True, value == least) for value in numbers]
+    assert "<svg" in sweep_plots.effect_of_choices("val_loss", dots, "")
+    assert "<svg" in sweep_plots.effect_of_number("val_loss", dots, "")
+    lines = [Ending("", [1, 2], [least, value], True, value == least) for value in numbers]
+    assert "<svg" in sweep_plots.curves(lines, "")
+    axes = [sweep_axes.axis_of_numbers("lr", numbers), sweep_axes.axis_of_scores("loss", numbers)]
+    assert "<svg" in sweep_plots.parallel(axes, True, "")
+
+
 # --- in a browser --------------------------------------------------------------------------------
 
 
@@ -421,19 +435,19 @@ def test_a_browser_asks_for_nothing_and_complains_of_nothing(swept: Swept, brows
 
 def test_a_run_that_learned_nothing_leaves_the_others_their_axis() -> None:
     scores = [0.99, 0.988, 0.985, 0.981, 0.979, 0.975, 0.972, 0.11, 0.1]
-    axis = sweep_plots.axis_of_scores("val_accuracy", scores)
+    axis = sweep_axes.axis_of_scores("val_accuracy", scores)
     assert axis.places[0] == 1 and axis.places[-2:] == [0, 0]
     assert axis.places[6] == pytest.approx(1 / 9)
     assert axis.ticks[0] == (0, "≤ 11.00%")
     assert all(text[0] not in "≤≥" for _, text in axis.ticks[1:])
-    losses = sweep_plots.axis_of_scores("val_mse", [0.1, 0.11, 0.12, 0.13, 0.14, 7.0])
+    losses = sweep_axes.axis_of_scores("val_mse", [0.1, 0.11, 0.12, 0.13, 0.14, 7.0])
     assert losses.places[0] == 0 and losses.places[-1] == 1
     assert losses.ticks[0] == (1, "≥ 7.0000")
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30))
 def test_places_of_scores_keep_their_order_and_the_winner_its_own(scores: list[float]) -> None:
-    axis = sweep_plots.axis_of_scores("val_loss", scores)
+    axis = sweep_axes.axis_of_scores("val_loss", scores)
     placed = [place for _, place in sorted(zip(scores, axis.places, strict=True))]
     assert placed == sorted(placed)
     assert all(0 <= place <= 1 for place in placed)

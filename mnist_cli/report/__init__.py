@@ -8,6 +8,7 @@
     sweep_record  what a sweep left, read and checked
     sweep_page    a sweep
     sweep_plots   its diagrams
+    sweep_axes    where values stand in them
     canvas        drawings as SVG
     page          templates into one file that loads nothing
 

@@ -25,6 +25,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 WIDTH, HEIGHT = 340, 220  # of a drawing, in pixels at its natural size
 MAX_POINTS = 800  # of a line or a cloud; more than there are pixels
 LOG_FROM = 30  # a range of values as wide as this is drawn on a logarithmic axis
+LEAST_FOR_LOG = 1e-100  # an axis of smaller numbers would begin at 0, margin included
 
 # The stand-ins are near-blacks that nothing else has.
 INKS = ("text", "muted", "grid", "first", "second", "paper")
@@ -96,7 +97,7 @@ def drawing(
 
 def is_wide(values: Sequence[float]) -> bool:
     """Whether these are drawn on a logarithmic axis."""
-    return min(values) > 0 and max(values) / min(values) >= LOG_FROM
+    return min(values) > LEAST_FOR_LOG and max(values) / min(values) >= LOG_FROM
 
 
 def scale(

@@ -8,8 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mnist_cli.report import canvas, page, sweep_plots
-from mnist_cli.report.sweep_plots import Dot, Ending
+from mnist_cli.report import canvas, page, sweep_axes, sweep_plots
+from mnist_cli.report.sweep_axes import Dot
+from mnist_cli.report.sweep_plots import Ending
 from mnist_cli.report.sweep_record import Metric, Point, Row, SweepRecord
 from mnist_cli.sweep import leaderboard
 
@@ -69,8 +70,8 @@ def _keys(record: SweepRecord) -> list[str]:
 
 def _can_be_drawn(record: SweepRecord, key: str) -> bool:
     values = [row.config.get(key) for row in record.rows]
-    num = len(sweep_plots.choices(values))
-    return num > 1 and (num <= sweep_plots.MAX_CHOICES or sweep_plots.are_numbers(values))
+    num = len(sweep_axes.choices(values))
+    return num > 1 and (num <= sweep_plots.MAX_CHOICES or sweep_axes.are_numbers(values))
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -130,14 +131,14 @@ def _effect(record: SweepRecord, key: str, metric: Metric) -> Markup:
     for dot in dots:
         if dot.is_done:
             scores.setdefault(leaderboard.cell(dot.value), []).append(dot.score)
-    listed = sweep_plots.choices([dot.value for dot in dots if dot.is_done])
+    listed = sweep_axes.choices([dot.value for dot in dots if dot.is_done])
     told = "; ".join(
         f"{name}: {leaderboard.number(metric, statistics.median(scores[name]))}"
         for name in listed[:MAX_TOLD]
     )
     more = f"; and {len(listed) - MAX_TOLD} more values" if len(listed) > MAX_TOLD else ""
     label = f"Median {metric} by {key}. {told}{more}."
-    if sweep_plots.are_numbers([dot.value for dot in dots]):
+    if sweep_axes.are_numbers([dot.value for dot in dots]):
         return sweep_plots.effect_of_number(metric, dots, label)
     return sweep_plots.effect_of_choices(metric, dots, label)
 
@@ -148,12 +149,12 @@ def _parallel(record: SweepRecord, keys: Sequence[str], metric: Metric | None) -
     if metric is None or len(rows) < 2 or len(keys) < 2:
         return None
     axes = [
-        sweep_plots.axis_of_key(key, [row.config.get(key) for row in rows])
+        sweep_axes.axis_of_key(key, [row.config.get(key) for row in rows])
         for key in record.columns
         if key in keys
     ]
     means = [row.mean for row in rows if row.mean is not None]
-    axes.append(sweep_plots.axis_of_scores(metric, means))
+    axes.append(sweep_axes.axis_of_scores(metric, means))
     best = " ".join(f"{key}={leaderboard.cell(rows[0].config.get(key))}" for key in keys)
     label = f"A line for each of {len(rows)} configurations across {len(keys)} keys and {metric}."
     return sweep_plots.parallel(axes, True, f"{label} The winner: {best}.")

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from mnist_cli.errors import one_line
 from mnist_cli.report.canvas import (
     FIRST,
     GRID,
@@ -25,7 +23,6 @@ from mnist_cli.report.canvas import (
     TEXT,
     Line,
     drawing,
-    is_wide,
     name_ends,
     name_x,
     scale,
@@ -33,28 +30,22 @@ from mnist_cli.report.canvas import (
     thinned,
     word,
 )
-from mnist_cli.report.sweep_record import Value
-from mnist_cli.run import LARGEST_METRIC
+from mnist_cli.report.sweep_axes import (
+    Axis,
+    Dot,
+    apart,
+    axis_of_numbers,
+    choices,
+    moved,
+    range_of,
+    short,
+)
 from mnist_cli.sweep import leaderboard
 
 MAX_CHOICES = 16  # of a key that is drawn
-MIN_FOR_RANGE = 5  # completed configurations that set the range of an axis
 MAX_CURVE_POINTS = 8000  # of all curves in a drawing
 WIDE = 400  # of a drawing that stands alone, in pixels
 MAX_WIDTH, MAX_GAP = 960, 210  # of parallel coordinates, in pixels, and between two of them
-
-
-class Dot(NamedTuple):
-    """A configuration: the value of a key, and what came of it.
-
-    Attributes:
-        is_done: False for one that was given up or cut off; `score` is its best until then.
-    """
-
-    value: Value
-    score: float
-    is_done: bool
-    is_winner: bool
 
 
 class Ending(NamedTuple):
@@ -71,44 +62,12 @@ class Ending(NamedTuple):
     is_winner: bool
 
 
-def is_number(value: Value) -> bool:
-    is_plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_plain and abs(value) <= LARGEST_METRIC  # type: ignore[arg-type]
-
-
-def are_numbers(values: Sequence[Value]) -> bool:
-    """Whether a key has a scale: its values are numbers, but for where it doesn't apply."""
-    given = [value for value in values if value is not None]
-    return bool(given) and all(map(is_number, given))
-
-
-def choices(values: Sequence[Value]) -> list[str]:
-    """The distinct values as texts, in the order in which people count: 8, 16, 128."""
-    return sorted(set(map(leaderboard.cell, values)), key=_natural)
-
-
-def short(text: str, limit: int = 16) -> str:
-    """`text` as far as a drawing has room for it."""
-    text = one_line(text, 1000)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def digits(value: float) -> str:
-    """A number with four digits, a whole one with all of them."""
-    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e7 else f"{value:.4g}"
-
-
-def _natural(text: str) -> list[tuple[int, int, str]]:
-    parts = re.split(r"([0-9]{1,30})", text)
-    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
-
-
 # --- what a key does -----------------------------------------------------------------------------
 
 
 def effect_of_choices(metric: str, dots: Sequence[Dot], label: str) -> Markup:
     """A strip of scores for each choice, with their median and, of five or more, the quartiles."""
-    low, high = _range(dots)
+    low, high = range_of(dots)
     names = choices([dot.value for dot in dots])
     figure, axes = drawing(height=74 + 30 * len(names), left=92, right=62, top=20)
     axes.grid(axis="x")
@@ -140,7 +99,7 @@ def effect_of_choices(metric: str, dots: Sequence[Dot], label: str) -> Markup:
 
 
 def _strip(axes: Axes, row: int, dots: Sequence[Dot], low: float, high: float) -> None:
-    done = [_moved(dot.score, low, high) for dot in dots if dot.is_done]
+    done = [moved(dot.score, low, high) for dot in dots if dot.is_done]
     if len(done) >= 5:
         first, _, third = statistics.quantiles(done, n=4, method="inclusive")
         axes.plot([first, third], [row, row], color=FIRST, linewidth=13, alpha=0.16,
@@ -149,28 +108,28 @@ def _strip(axes: Axes, row: int, dots: Sequence[Dot], low: float, high: float) -
         axes.plot([statistics.median(done)] * 2, [row - 0.3, row + 0.3], color=TEXT, linewidth=1.4)
     for place, dot in enumerate(dots):
         spread = 0.0 if len(dots) == 1 else 0.22 * ((place * 0.618034) % 1 - 0.5) * 2
-        score = _moved(dot.score, low, high)
+        score = moved(dot.score, low, high)
         _dot(axes, score, row + spread, dot, score != dot.score)
 
 
 def effect_of_number(metric: str, dots: Sequence[Dot], label: str) -> Markup:
     """Scores over the values of a key; a line joins the medians of values that come again."""
     dots = [dot for dot in dots if dot.value is not None]
-    low, high = _range(dots)
+    low, high = range_of(dots)
     figure, axes = drawing(right=20, left=52)
     keys = axis_of_numbers("", [float(dot.value) for dot in dots])  # type: ignore[arg-type]
     scale(axes, "y", [low, high], percent=_is_share(metric))
     columns: dict[float, list[float]] = {}
     for place, dot in zip(keys.places, dots, strict=True):
         if dot.is_done:
-            columns.setdefault(place, []).append(_moved(dot.score, low, high))
+            columns.setdefault(place, []).append(moved(dot.score, low, high))
     if len(columns) > 1 and sum(map(len, columns.values())) >= 1.5 * len(columns):
         line = sorted((place, statistics.median(scores)) for place, scores in columns.items())
         axes.plot(*zip(*line, strict=True), color=MUTED, linewidth=1, alpha=0.7)
     for place, dot in zip(keys.places, dots, strict=True):
-        score = _moved(dot.score, low, high)
+        score = moved(dot.score, low, high)
         _dot(axes, place, score, dot, score != dot.score)
-    ticks = sorted(_apart(keys.ticks, 0.12))
+    ticks = sorted(apart(keys.ticks, 0.12))
     axes.set_xticks([place for place, _ in ticks], [text for _, text in ticks])
     axes.margins(0.05)
     return svg(figure, label)
@@ -188,98 +147,11 @@ def _dot(axes: Axes, x: float, y: float, dot: Dot, is_moved: bool) -> None:
                   )  # fmt: skip
 
 
-def _moved(score: float, low: float, high: float) -> float:
-    return min(max(score, low), high)
-
-
-def _range(dots: Sequence[Dot]) -> tuple[float, float]:
-    """The scores that are drawn where they are, the others being moved to the edge.
-
-    One run that learned nothing, or was given up after an epoch, would hide what differs. The
-    fences are Tukey's outer ones, "Exploratory Data Analysis", 1977.
-    """
-    scores = [dot.score for dot in dots]
-    done = [dot.score for dot in dots if dot.is_done]
-    if len(done) < MIN_FOR_RANGE:
-        return min(scores), max(scores)
-    first, _, third = statistics.quantiles(done, n=4, method="inclusive")
-    reach = 3 * (third - first) or math.inf
-    winner = [dot.score for dot in dots if dot.is_winner]
-    low = min(max(min(scores), first - reach), *winner, third)
-    return low, max(min(max(scores), third + reach), *winner, first)
-
-
 def _is_share(metric: str) -> bool:
     return "accuracy" in metric
 
 
 # --- parallel coordinates ------------------------------------------------------------------------
-
-
-class Axis(NamedTuple):
-    """One of several parallel axes.
-
-    Attributes:
-        places: of each configuration, in 0..1 from the bottom.
-        ticks: places and what stands there.
-    """
-
-    name: str
-    places: Sequence[float]
-    ticks: Sequence[tuple[float, str]]
-
-
-def axis_of_key(name: str, values: Sequence[Value]) -> Axis:
-    """The axis of a key: a scale for numbers, else a place for each choice.
-
-    The lines of a choice fan out, in the order of the configurations, so that none hides another.
-    """
-    if are_numbers(values) and None not in values and len(set(values)) > 1:
-        return axis_of_numbers(name, [float(value) for value in values])  # type: ignore[arg-type]
-    listed = choices(values)
-    step = 1 / max(1, len(listed) - 1)
-    places = {text: row * step if len(listed) > 1 else 0.5 for row, text in enumerate(listed)}
-    fan, last = 0.3 * min(step, 0.5), max(1, len(values) - 1)
-    fanned = [places[leaderboard.cell(v)] + fan * (0.5 - i / last) for i, v in enumerate(values)]
-    return Axis(name, fanned, [(place, short(text)) for text, place in places.items()])
-
-
-def axis_of_numbers(
-    name: str, values: Sequence[float], told: Callable[[float], str] = digits
-) -> Axis:
-    """The axis of numbers; its ticks are the values themselves where these are few."""
-    low, high = min(values), max(values)
-    is_log = is_wide(values) or _is_geometric(values)
-    move = math.log if is_log else float
-
-    def place(value: float) -> float:
-        return (move(value) - move(low)) / (move(high) - move(low)) if high > low else 0.5
-
-    distinct = sorted(set(values))
-    if len(distinct) > 6:
-        locator = LogLocator(numticks=6) if is_log else MaxNLocator(5)
-        found = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
-        distinct = found if len(found) > 1 else [low, high]
-    return Axis(name, [place(v) for v in values], [(place(v), told(v)) for v in distinct])
-
-
-def axis_of_scores(metric: str, scores: Sequence[float]) -> Axis:
-    """The axis of what came of it, the winner's score first; its ends say what was moved there."""
-    low, high = _range([Dot(None, score, True, row == 0) for row, score in enumerate(scores)])
-    kept = [score for score in scores if low <= score <= high]
-    room = (max(kept) - min(kept)) / 8
-    below = [score for score in scores if score < low]
-    above = [score for score in scores if score > high]
-    low = min(kept) - room if below else low
-    high = max(kept) + room if above else high
-
-    def told(score: float) -> str:
-        return leaderboard.number(metric, score)
-
-    axis = axis_of_numbers(metric, [_moved(score, low, high) for score in scores], told)
-    ends = [(0.0, f"≤ {told(max(below))}")] if below else []
-    ends += [(1.0, f"≥ {told(min(above))}")] if above else []
-    return axis._replace(ticks=[*ends, *axis.ticks])
 
 
 def parallel(axes: Sequence[Axis], has_winner: bool, label: str) -> Markup:
@@ -310,7 +182,7 @@ def parallel(axes: Sequence[Axis], has_winner: bool, label: str) -> Markup:
     for x, axis in enumerate(axes):
         plane.plot([x, x], [0, 1], color=MUTED, linewidth=0.8, zorder=3, clip_on=False)
         is_last = x == len(axes) - 1
-        for place, text in _apart(axis.ticks, 0.05):
+        for place, text in apart(axis.ticks, 0.05):
             plane.annotate(
                 word(len(words)), (x, place), xytext=(5 if is_last else -5, 0),
                 textcoords="offset points", ha="left" if is_last else "right", va="center",
@@ -325,22 +197,6 @@ def parallel(axes: Sequence[Axis], has_winner: bool, label: str) -> Markup:
     plane.set(xlim=(0, len(axes) - 1), ylim=(-0.06, 1.06))
     plane.axis("off")
     return svg(figure, label, words)
-
-
-def _is_geometric(values: Sequence[float]) -> bool:
-    """Whether these are few and each is about twice the one before, or more: 32, 64, 128."""
-    distinct = sorted(set(values))
-    pairs = list(itertools.pairwise(distinct))
-    return 2 <= len(pairs) <= 12 and distinct[0] > 0 and all(b >= 1.9 * a for a, b in pairs)
-
-
-def _apart(ticks: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
-    """Those of `ticks` that are farther than `gap` from each other, the outermost first."""
-    kept: list[tuple[float, str]] = []
-    for tick in sorted(ticks, key=lambda tick: -abs(tick[0] - 0.5)):
-        if all(abs(tick[0] - other[0]) > gap for other in kept):
-            kept.append(tick)
-    return kept
 
 
 # --- curves --------------------------------------------------------------------------------------
@@ -406,11 +262,11 @@ def history(
         trials: with their number as value, in this order; one of them is completed at least.
     """
     figure, axes = drawing(width=WIDE, left=52, right=52)
-    low, high = _range(trials)
+    low, high = range_of(trials)
     scale(axes, "y", [low, high], percent=_is_share(metric))
     best: list[tuple[float, float]] = []
     for dot in trials:
-        number, score = float(dot.value), _moved(dot.score, low, high)  # type: ignore[arg-type]
+        number, score = float(dot.value), moved(dot.score, low, high)  # type: ignore[arg-type]
         _dot(axes, number, score, dot, score != dot.score)
         if dot.is_done:
             is_better = not best or (score > best[-1][1]) == is_higher_better
