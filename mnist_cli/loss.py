@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_cli.options import LossConfig, MseConfig, PluginLossConfig, code_of_plugin
+from mnist_cli.options import LossConfig, MseConfig, PluginLossConfig
+from mnist_cli.plugin_code import code_of_plugin
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

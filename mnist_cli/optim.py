@@ -23,8 +23,8 @@ from mnist_cli.options import (
     PluginOptimConfig,
     RmspropConfig,
     SgdConfig,
-    code_of_plugin,
 )
+from mnist_cli.plugin_code import code_of_plugin
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:

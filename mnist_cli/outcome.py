@@ -33,7 +33,8 @@ from mnist_cli.errors import (
 from mnist_cli.logger import Finished
 from mnist_cli.loop import Job, diverged, save, stop_if_asked, timed
 from mnist_cli.model import num_params
-from mnist_cli.options import LinearModelConfig, plugin_at_fault, plugin_words
+from mnist_cli.options import LinearModelConfig, plugin_words
+from mnist_cli.plugin_code import plugin_at_fault
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
 

@@ -28,9 +28,9 @@ from mnist_cli.options import (
     PluginLossConfig,
     PluginModelConfig,
     PluginScheduleConfig,
-    code_of_plugin,
 )
 from mnist_cli.outcome import Run
+from mnist_cli.plugin_code import code_of_plugin
 from mnist_cli.signals import SignalWatch
 
 RUNS = "outputs/train"

@@ -35,8 +35,8 @@ from mnist_cli.options import (
     DigitsConfig,
     LinearDatasetConfig,
     PluginDatasetConfig,
-    code_of_plugin,
 )
+from mnist_cli.plugin_code import code_of_plugin
 
 __all__ = ["Dataset", "DatasetSpec", "Normalise", "Split", "load"]
 

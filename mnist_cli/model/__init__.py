@@ -19,8 +19,8 @@ from mnist_cli.options import (
     MlpConfig,
     ModelConfig,
     PluginModelConfig,
-    code_of_plugin,
 )
+from mnist_cli.plugin_code import code_of_plugin
 
 
 def build_model(config: ModelConfig, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
