@@ -60,25 +60,27 @@ class Stack:
             rows: which part of it is the batch of `step`.
         """
         first, num_lanes = self.jobs[0], len(self._lanes)
-        inputs, targets = [], []
-        for lane, generator in zip(self._lanes, self._generators, strict=True):
+        batch_size = rows.stop - rows.start
+        inputs = first.data.train.inputs.new_empty(
+            (num_lanes, batch_size, *first.data.spec.input_shape)
+        )
+        targets: list[Tensor] = []
+        for lane, generator, place in zip(self._lanes, self._generators, inputs, strict=True):
             seed, train = lane.config.seed, lane.data.train
             indices = orders[seed][rows]
             # Not train.inputs[indices], which takes ten times as long for rows of bytes.
-            inputs.append(train.inputs.flatten(1).index_select(0, indices))
-            targets.append(train.targets.index_select(0, indices))
+            torch.index_select(train.inputs, 0, indices, out=place)
+            labels = train.targets.index_select(0, indices)
+            targets += [labels] * (len(self.jobs) // num_lanes)
             if self._network.drops:
                 generator.manual_seed(runtime.counted_seed(seed, "step", step))
-        images = torch.cat(inputs).view(-1, *first.data.spec.input_shape)
-        outputs = self._network.forward(
-            first.normalise(images).view(num_lanes, len(indices), -1), self._generators
-        )
-        each = torch.stack(targets).repeat_interleave(len(self.jobs) // num_lanes, dim=0)
-        losses = self._losses(outputs, each)
-        # No job's loss depends on another's weights: of the sum, each gets its own gradient.
+        normalised = first.normalise(inputs.flatten(0, 1)).view(num_lanes, batch_size, -1)
+        outputs = self._network.forward(normalised, self._generators)
+        losses = self._losses(outputs, torch.stack(targets))
+        # No job's loss depends on another's weights, so each gets its own gradient.
         for parameter in self._parameters:
             parameter.grad = None
-        losses.sum().backward()
+        losses.backward(torch.ones_like(losses))
         if self._clips:
             self._clip()
         values: list[float] = losses.tolist()
