@@ -10,10 +10,8 @@ from __future__ import annotations
 import errno
 import io
 import os
-import signal
 import sys
 import time
-import types
 
 from mnist_cli import __version__
 from mnist_cli.console import Console
@@ -26,6 +24,7 @@ from mnist_cli.errors import (
     shown,
 )
 from mnist_cli.line import Line, parse_line
+from mnist_cli.signals import raise_them
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return completion.main(words)
     console = Console(quiet=bool({"--quiet", "-q"} & set(words)), as_json="--json" in words)
-    signal.signal(signal.SIGTERM, _stop)
+    raise_them()
     try:
         code = _dispatch(parse_line(words), console, started_s)
         sys.stdout.flush()
@@ -49,9 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as error:
         console.error(error.message, error.hint, error.exit_code)
         return error.exit_code
-    except KeyboardInterrupt:
-        console.error("interrupted by SIGINT", "type the command again to start over", 130)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -79,10 +75,6 @@ def _mend_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _stop(number: int, frame: types.FrameType | None) -> None:
-    raise Interrupted(number, "interrupted by SIGTERM", "type the command again to start over")
 
 
 def _dispatch(line: Line, console: Console, started_s: float) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from mnist_cli.explain import hydra_errors, no_such_key
 from mnist_cli.imports import uncollected
 from mnist_cli.line import Line
 from mnist_cli.run import RunFolder, quoted
+from mnist_cli.signals import held
 from mnist_cli.typed import UnknownKeyError, unknown_key
 
 IS_13 = hydra.__version__.startswith("1.3")
@@ -66,7 +66,7 @@ def run(line: Line, console: Console, started_s: float) -> int:
         MnistCliError: whatever the command raises.
     """
     overrides = overrides_of(line)
-    with hydra_errors(line), initialized(line):
+    with held(), hydra_errors(line), initialized(line):
         parsed = OverridesParser.create().parse_overrides(overrides)
         _refuse_sweep_keys(parsed)
         _refuse_sweep_values(parsed)
@@ -118,10 +118,9 @@ def _never_failing(what: str, folder: Path, console: Console) -> Iterator[None]:
     again = f"type mnist-cli report {shlex.quote(f'run={folder}')}"
     try:
         yield
-    except (Interrupted, KeyboardInterrupt) as error:
-        number = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
+    except Interrupted as error:
         raise Interrupted(
-            number, f"the {what} is complete, its report isn't: {folder}", again
+            error.exit_code - 128, f"the {what} is complete, its report isn't: {folder}", again
         ) from None
     except Exception as error:
         console.warn(f"no report was drawn: {one_line(str(error))}; {again}")

@@ -7,7 +7,6 @@ import contextlib
 import io
 import math
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ from mnist_cli.errors import Interrupted, UsageError, shown
 from mnist_cli.explain import LAUNCHER, hydra_errors, raised_in_full
 from mnist_cli.line import Line
 from mnist_cli.run import quoted
+from mnist_cli.signals import held
 
 ARGUMENTS: dict[str, Any] = (
     {"version_base": "1.3"} if compose.IS_13 else {"execution_whitelist": ["mnist_cli.*"]}
@@ -43,8 +43,10 @@ def run(line: Line, console: Console) -> int:
     if line.is_multirun:
         return _run_sweep(line, overrides, console)
     outcome: list[tuple[Any, Any]] = []
+    holding = contextlib.ExitStack()
 
     def task(composed: DictConfig) -> None:
+        holding.close()
         # Kept, not raised: Hydra would add lines of its own.
         try:
             config = compose.checked(line, composed)
@@ -52,7 +54,8 @@ def run(line: Line, console: Console) -> int:
         except Exception as error:
             outcome.append((None, error))
 
-    with hydra_errors(line):
+    with hydra_errors(line), holding:
+        holding.enter_context(held())
         _hydra_main(line, overrides, task)
     for config, document in outcome:
         if isinstance(document, Exception):
@@ -68,7 +71,7 @@ def _show(line: Line, overrides: Sequence[str], console: Console) -> int:
     printed, complaints = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
         try:
-            with hydra_errors(line):
+            with held(), hydra_errors(line):
                 _hydra_main(line, overrides, lambda composed: None)
         except SystemExit as end:
             if end.code not in (None, 0):
@@ -126,8 +129,6 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
     try:
         with raised_in_full():
             _hydra_main(line, own, task)
-    except KeyboardInterrupt:
-        stopped_by = int(signal.SIGINT)
     except Interrupted as error:
         stopped_by = error.exit_code - 128
     except Exception as error:  # of the launcher: no job raises, and all of them were composed
@@ -149,7 +150,7 @@ def _check_jobs(
     Returns:
         The jobs, the keys `sweep.*` of `train`, and the launcher.
     """
-    with hydra_errors(line), compose.initialized(line):
+    with held(), hydra_errors(line), compose.initialized(line):
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         of_hydra = [o for o in parsed if re.match(r"hydra\b", o.key_or_group)]
         plain = [o for o in parsed if not re.match(r"hydra\b", o.key_or_group)]

@@ -7,6 +7,8 @@ import gc
 import sys
 from collections.abc import Iterator
 
+from mnist_cli.signals import held
+
 MANY = 100  # modules; where there are fewer, most objects are not theirs
 
 
@@ -18,12 +20,15 @@ def uncollected() -> Iterator[None]:
     made, in every full collection of the run, and once more when the process ends: a quarter of
     the time of `python -c 'import torch'`.
 
+    A signal waits until all is imported.
+
     Source: gc.freeze in the documentation of Python.
     """
     num_modules, was_enabled = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
-        yield
+        with held():
+            yield
     finally:
         if len(sys.modules) >= num_modules + MANY:
             gc.freeze()

@@ -27,6 +27,7 @@ from mnist_cli.console import Console
 from mnist_cli.errors import UsageError, shown
 from mnist_cli.explain import hydra_errors
 from mnist_cli.line import Line
+from mnist_cli.signals import held
 from mnist_cli.sweep import Job
 from mnist_cli.sweep.space import Choice, Numbers, words_of
 
@@ -39,7 +40,7 @@ def run(line: Line, console: Console) -> int:
     Raises:
         UsageError: nothing was started, and nothing written.
     """
-    with hydra_errors(line), compose.initialized(line):
+    with held(), hydra_errors(line), compose.initialized(line):
         parsed = OverridesParser.create().parse_overrides(compose.overrides_of(line))
         composer = Composer(line, parsed)
         settings = sweep_settings(composer, parsed)
@@ -171,7 +172,7 @@ def _search(
     fixed = [override.input_line or "" for override in swept if not override.is_sweep_override()]
 
     def make_job(words: Sequence[str]) -> Job:
-        with hydra_errors(composer.line), compose.initialized(composer.line):
+        with held(), hydra_errors(composer.line), compose.initialized(composer.line):
             return composer.job([*fixed, *words])
 
     space = search_space(swept)

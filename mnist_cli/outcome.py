@@ -106,7 +106,7 @@ def _explained(error: BaseException, config: TrainConfig) -> BaseException:
     if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).strip().splitlines()[0]
         return UsageError(f"compile=true fails here: {reason}", "type compile=false")
-    if not isinstance(error, MnistCliError | Interrupted | KeyboardInterrupt):
+    if not isinstance(error, MnistCliError | Interrupted):
         return plugin_at_fault(error) or error
     return error
 
@@ -116,7 +116,7 @@ def _record_failure(error: BaseException, run: Run) -> None:
     status = "failed"
     if isinstance(error, DivergedError):
         status = "diverged"
-    elif isinstance(error, Interrupted | KeyboardInterrupt | PrunedError):
+    elif isinstance(error, Interrupted | PrunedError):
         status = "interrupted"
     message = getattr(error, "message", None) or f"{type(error).__name__}: {one_line(str(error))}"
     run.console.record(f"error: {message}")

@@ -1,13 +1,56 @@
-"""SIGINT and SIGTERM, noted so that work can be brought to a good end."""
+"""SIGINT and SIGTERM: raised, held back, or noted so that work can be brought to a good end."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import types
+from collections.abc import Iterator
 
 from mnist_cli.errors import Interrupted
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def raise_them() -> None:
+    """From now on they raise Interrupted where they arrive; SIGINT not in a process without it.
+
+    Not KeyboardInterrupt: Python ends itself by the signal after one that went through an `exec`,
+    as every dataclass has it, whatever became of it.
+    """
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _raise)
+
+
+def _raise(number: int, frame: types.FrameType | None) -> None:
+    name = signal.Signals(number).name
+    raise Interrupted(number, f"interrupted by {name}", "type the command again to start over")
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Let one that arrives act at the end of the block; a second one ends the process at once.
+
+    For imports, and for what Hydra does: an exception can leave them half done, come out as
+    another one, or not at all.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: types.FrameType | None) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 class SignalWatch:

@@ -57,15 +57,19 @@ class Program(Protocol):
 
 def run_program(*words: str) -> Outcome:
     """The command line `words`, in this process."""
+    from faults import handlers_kept
+
     from mnist_cli import cli
 
     stdout, stderr = io.StringIO(), io.StringIO()
-    before = signal.getsignal(signal.SIGTERM)
     try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        with (
+            handlers_kept(),
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+        ):
             code = cli.main(list(words))
     finally:
-        signal.signal(signal.SIGTERM, before)
         _allow_denormals()
     return Outcome(code, stdout.getvalue(), stderr.getvalue())
 
@@ -101,11 +105,10 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def nothing_stays() -> Iterator[None]:
     """Hydra's global state, signal handlers and threads are as before after every test."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
+    from faults import handlers_kept
+
+    with handlers_kept():
+        yield
     if "hydra" in sys.modules:
         from hydra.core.global_hydra import GlobalHydra
 

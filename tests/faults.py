@@ -31,6 +31,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from mnist_cli import signals
+from mnist_cli.signals import STOP_SIGNALS
+
 ROOT = Path(__file__).parent.parent
 TORTURE = os.environ.get("MNIST_CLI_TORTURE") == "1"
 
@@ -164,18 +167,29 @@ def two_lines(stderr: str) -> tuple[str, str]:
     return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
 
 
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """What the block does with the handlers of signals ends with it."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def here(*words: str) -> Ended:
     """The program in this process."""
     from mnist_cli import cli
 
     started_s = time.monotonic()
     stdout, stderr = io.StringIO(), io.StringIO()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            code = cli.main(list(words))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with (
+        handlers_kept(),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        code = cli.main(list(words))
     return Ended(code, stdout.getvalue(), stderr.getvalue(), None, time.monotonic() - started_s)
 
 
@@ -424,6 +438,13 @@ def crash_in_save(source: str, target: str, at: int, mode: str) -> None:
     checkpoint.save(Path(target), found)
 
 
+def signal_twice_while_held() -> int:
+    with signals.held():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    return 0
+
+
 def signal_in_save(words: list[str], at: int) -> int:
     """The program; SIGTERM arrives inside its `at`-th system call that writes."""
     from mnist_cli import cli
@@ -595,6 +616,7 @@ JOBS: dict[str, Callable[..., Any]] = {
         crash,
         crash_in_save,
         signal_in_save,
+        signal_twice_while_held,
         save_often,
         hold,
         enter_namespace,

@@ -172,7 +172,7 @@ LAYERS: dict[str, dict[str, set[str]]] = {
     },
     "ground": {
         "__init__": set(), "conf": set(), "config": {"errors", "typed", "options"}, "errors": set(),
-        "imports": set(),
+        "imports": {"signals"},
         "options": {"errors", "typed"}, "plugin_code": {"errors", "options"},
         "console": {"errors"}, "runtime": {"errors"}, "signals": {"errors"}, "strict_json": set(),
         "typed": {"errors"}, "durable": {"errors"},

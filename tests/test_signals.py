@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,10 @@ from pathlib import Path
 import faults
 import pytest
 from faults import TRAIN, Server, figure, many, outcome_of, state_of, temporaries, two_lines
+
+from mnist_cli import signals
+from mnist_cli.errors import Interrupted
+from mnist_cli.signals import STOP_SIGNALS
 
 LONG = (*TRAIN, "epochs=20", "--quiet")  # 400 steps, more than a second
 
@@ -166,3 +171,78 @@ def test_a_real_process_too(plain: Path, tmp_path: Path) -> None:
     assert (process.returncode, stdout) == (130, "")
     assert f"resume={folder}" in two_lines(stderr)[1]
     assert state_of(folder / "last.safetensors")["step"] >= 20
+
+
+# --- before there is anything to save ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_waits_for_the_end_of_what_would_swallow_it(number: int) -> None:
+    signals.raise_them()
+    done = []
+    with pytest.raises(Interrupted) as caught, signals.held():
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(number)
+            done.append("after it")
+        done.append("the rest")
+    assert done == ["after it", "the rest"]
+    assert caught.value.exit_code == 128 + number
+    with pytest.raises(Interrupted):
+        signal.raise_signal(number)
+
+
+def test_a_second_signal_does_not_wait(server: Server) -> None:
+    ended = server.run(faults.signal_twice_while_held)
+    assert (ended.code, ended.stderr) == (143, "")
+
+
+def test_a_process_without_ctrl_c_stays_without_it() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.raise_them()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    with signals.held():
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+STARTS = {
+    "training": ("train", "dataset=digits", "epochs=100000", "--quiet"),
+    "composing": ("train", "--cfg", "job"),
+    "eval": ("eval", "checkpoint={run}"),
+}
+LONGEST_S = {"training": 2.5, "composing": 0.4, "eval": 2.5}
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for the signal. Source: proc(5)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    [caught] = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.torture
+def test_a_signal_at_any_instant_of_a_start_ends_it_as_promised(
+    plain: Path, tmp_path: Path
+) -> None:
+    chance, count = random.Random(0), many(3, 60)
+    for attempt in range(count):
+        kind, number = list(STARTS)[attempt % 3], STOP_SIGNALS[attempt % 2]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mnist_cli", *(word.format(run=plain) for word in STARTS[kind])],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(faults.ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not catches(process.pid, signal.SIGTERM):  # from where this program has started
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, LONGEST_S[kind]))
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        if stdout:  # it was done before
+            assert stderr == ""
+            continue
+        assert process.returncode == 128 + number, stderr
+        assert two_lines(stderr)[0].startswith("interrupted")
+    figure("SIGINT or SIGTERM at a random instant of a start", count)

@@ -15,6 +15,7 @@ from mnist_cli.dataset.cache import cached
 from mnist_cli.dataset.decode import Decoded, described
 from mnist_cli.dataset.split import stratified
 from mnist_cli.errors import DataError
+from mnist_cli.imports import uncollected
 
 CLASSES = tuple("0123456789")
 COUNT = 1_797
@@ -36,7 +37,8 @@ def load() -> Decoded:
 
 
 def _decode() -> Decoded:
-    from sklearn.datasets import load_digits
+    with uncollected():
+        from sklearn.datasets import load_digits
 
     bunch = load_digits()
     values = torch.from_numpy(bunch.images)  # (1797, 8, 8) float64

@@ -34,7 +34,7 @@ def run(config: DemoConfig, console: Console) -> None:
     Raises:
         CheckpointError: the checkpoint can't be used.
         UsageError: it doesn't answer to small grey pictures, or the port or the device isn't there.
-        Interrupted, KeyboardInterrupt: by a signal, before the page is there.
+        Interrupted: by a signal, before the page is there.
     """
     with contextlib.closing(_listening(config.port)) as listening:
         model = trained.load(config.checkpoint, config.device, console)
@@ -47,7 +47,7 @@ def run(config: DemoConfig, console: Console) -> None:
         )
         serving = uvicorn.Server(server.settings(app))
         console.say(f"model    {model.config.model.name}, trained on {model.spec.name}")
-        with contextlib.suppress(KeyboardInterrupt, Interrupted):
+        with contextlib.suppress(Interrupted):
             console.answer(f"page     {url}", {"url": url, "checkpoint": str(model.path)})
             console.say("stop     Ctrl-C")
             if config.open and not console.as_json:

@@ -122,7 +122,7 @@ class Loggers:
         self, kind: object, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         status: Status = "completed" if error is None else "failed"
-        if isinstance(error, Interrupted | KeyboardInterrupt | PrunedError):
+        if isinstance(error, Interrupted | PrunedError):
             status = "interrupted"
         for name, logger in self._open.items():
             self._guarded(name, partial(logger.close, status))

@@ -59,8 +59,6 @@ def _run_here(plan: Plan) -> int | None:
             run_jobs(jobs, None, plan.should_stop, plan.ended)
         except Interrupted as error:
             return error.exit_code - 128
-        except KeyboardInterrupt:
-            return signal.SIGINT
 
 
 # --- several at once -----------------------------------------------------------------------------
