@@ -34,7 +34,14 @@ from mnist_cli import __version__, dataset, durable, optim, strict_json
 from mnist_cli.config import TrainConfig, to_plain, train_config
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, DatasetSpec
-from mnist_cli.errors import CheckpointError, DivergedError, PluginError, UsageError, shown
+from mnist_cli.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    PluginError,
+    UsageError,
+    shown,
+)
 from mnist_cli.model import build_model
 from mnist_cli.options import EmnistConfig, ImageFilesConfig, UntypedPluginError
 from mnist_cli.runtime import Host
@@ -457,7 +464,13 @@ def load_data(
         if root is None and source.root is not None and Path(source.root).is_dir():
             root = source.root
         source = dataclasses.replace(source, root=root, mirror=None)
-    data = dataset.load(source, config.seed, may_download=may_download)
+    try:
+        data = dataset.load(source, config.seed, may_download=may_download)
+    except DataError as error:
+        if "dataset=digits" not in error.hint:
+            raise
+        hint = "name the folder that holds the data of the run: dataset.root=DIR"
+        raise DataError(error.message, hint) from error
     if (data.spec.input_shape, len(data.spec.classes)) != (spec.input_shape, len(spec.classes)):
         raise CheckpointError(
             f"the checkpoint is for samples of shape {spec.input_shape} and {len(spec.classes)}"

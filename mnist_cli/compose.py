@@ -7,6 +7,7 @@ too stands here: `multirun.py` runs the lines with `-m`, `hydra_main.py` those t
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -133,12 +134,22 @@ def command(
     which has printed it, else a dict.
 
     torch is imported here, after all that can be wrong was said.
+
+    Raises:
+        UsageError: `out=` is a file.
+        ResourceError: nobody got the answers that a command prints.
     """
+    out = getattr(config, "out", None)
+    if out is not None and os.path.isfile(os.path.expanduser(out)):
+        raise UsageError(f"out={out} is a file", "name a folder: out=DIR")
     with uncollected():
         run = _imported(config)
     if isinstance(config, TrainConfig):
         return run(config, console, typed, started_s)
-    return run(config, console)
+    document = run(config, console)
+    if isinstance(config, EvalConfig | PredictConfig):
+        console.require_delivered()
+    return document
 
 
 def _imported(config: Any) -> Callable[..., Any]:
@@ -258,7 +269,7 @@ def _refuse_sweep_keys(parsed: Sequence[Override]) -> None:
     for override in parsed:
         if is_sweep_key(override):
             raise UsageError(
-                f"{shown(override.input_line)} is for a sweep, and this is one run",
+                f"{override.key_or_group}= is for a sweep, and this is one run",
                 "add -m to run a sweep",
             )
 

@@ -378,12 +378,7 @@ def _check_optim(config: TrainConfig) -> None:
 
 
 def _check_length(config: TrainConfig) -> None:
-    patience, epochs = config.early_stop.patience, config.epochs
-    if patience is not None and patience >= epochs:
-        raise UsageError(
-            f"early_stop.patience={patience} can never stop a run of epochs={epochs}",
-            f"type early_stop.patience={max(1, epochs // 2)}, or more epochs",
-        )
+    patience = config.early_stop.patience
     if patience is not None and config.dataset.val_fraction == 0:
         raise UsageError(
             f"early_stop.patience={patience} watches the validation split,"
@@ -396,10 +391,10 @@ def _check_length(config: TrainConfig) -> None:
             " but dataset.val_fraction=0 leaves none",
             "type dataset.val_fraction=0.1, or monitor=auto",
         )
-    if config.schedule.warmup_epochs >= epochs and config.schedule.warmup_epochs > 0:
+    if config.schedule.warmup_epochs >= config.epochs and config.schedule.warmup_epochs > 0:
         raise UsageError(
             f"schedule.warmup_epochs={config.schedule.warmup_epochs:g} doesn't fit into"
-            f" epochs={epochs}",
+            f" epochs={config.epochs}",
             "type a warm-up that is shorter than the run",
         )
 

@@ -39,6 +39,7 @@ class Console:
         self.brief = brief
         self.as_json = as_json
         self._log: IO[str] | None = None
+        self._lost: OSError | None = None
         self._progress: Progress | None = None
 
     @property
@@ -56,7 +57,9 @@ class Console:
             else:
                 self._stream.write(text + "\n")
                 self._stream.flush()
-        except OSError:  # `| head` closed its end, or a full disk is behind it
+        except OSError as error:  # `| head` closed its end, or a full disk is behind it
+            if not isinstance(error, BrokenPipeError):
+                self._lost = error
             self._reader_left()
 
     def record(self, text: str) -> None:
@@ -159,6 +162,15 @@ class Console:
         except OSError as error:
             self._log = None
             self.warn(f"train.log can't be written ({error.strerror}); going on without it")
+
+    def require_delivered(self) -> None:
+        """For a command whose only product is what it says.
+
+        Raises:
+            ResourceError: something of it could not be written.
+        """
+        if self._lost is not None:
+            raise _unwritable(self._lost)
 
     def _reader_left(self) -> None:
         """Say nothing more, but finish the work."""

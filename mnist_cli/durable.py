@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mnist_cli.errors import LockedError, ResourceError
+from mnist_cli.errors import LockedError, MnistCliError, ResourceError, UsageError
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
 
@@ -60,7 +60,11 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a ResourceError that names `path`."""
+    """Turn an OSError of the block into a ResourceError that names `path`.
+
+    Raises:
+        UsageError: a file stands where a folder is wanted.
+    """
     try:
         yield
     except OSError as error:
@@ -87,8 +91,10 @@ def temporary_folder(room_bytes: int = 0) -> Iterator[Path]:
         raise _denied("can't write temporary files", error, elsewhere) from error
 
 
-def _denied(what: str, error: OSError, elsewhere: str) -> ResourceError:
+def _denied(what: str, error: OSError, elsewhere: str) -> MnistCliError:
     """The error for something that can't be written here, but maybe `elsewhere`."""
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):  # a file stands where a folder is wanted
+        return UsageError(f"{what}: {error.strerror}", elsewhere)
     reasons = {
         errno.ENOSPC: "free some space",
         errno.EDQUOT: "free some space",

@@ -42,6 +42,10 @@ def run(config: EvalConfig, console: Console) -> dict[str, Any]:
         with durable.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         durable.write(folder / "eval.json", (json.dumps(document, indent=2) + "\n").encode())
-    console.say(f"{model.path} on the {config.split} split of {spec.name}")
+    name = "accuracy" if spec.task == "classification" else "mse"
+    console.say(
+        f"{model.path} on the {config.split} split of {spec.name}:"
+        f" {name} {scoring.cell(name, measured[name])}"
+    )
     scoring.show(measured, console)
     return document

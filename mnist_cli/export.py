@@ -118,9 +118,12 @@ def _program(found: Checkpoint, model: nn.Module) -> torch.export.ExportedProgra
     batch = torch.export.Dim("batch", min=1)
     deployable = Deployable(model, found.spec).eval()
     with durable.temporary_folder():  # torch asks for the place of such folders, without a use
-        return torch.export.export(
+        program = torch.export.export(
             deployable, (_example(found.spec),), dynamic_shapes=({0: batch},)
         )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with paths of this machine
+    return program
 
 
 def _provenance(found: Checkpoint) -> dict[str, Any]:
@@ -147,6 +150,8 @@ def _to_onnx(config: ExportConfig, found: Checkpoint, model: nn.Module) -> tuple
     assert exported is not None
     proto = exported.model_proto
     del proto.graph.value_info[:]  # what the exporter inferred; the quantizer infers it anew
+    for node in proto.graph.node:
+        del node.metadata_props[:]  # where in the source it comes from, with paths of this machine
     if config.quantize == "int8":
         proto = _quantized(proto)
     texts = {

@@ -235,10 +235,11 @@ def check_weights(job: Job, step: int) -> None:
 
 def diverged(job: Job, what: str, value: float, step: int) -> DivergedError:
     """The error for `what` not being finite at `step`, counted from 0."""
+    clip = " or grad_clip=1" if job.config.grad_clip is None else ""
     return DivergedError(
         f"training diverged: the {what} is {value} at step {step + 1},"
         f" with learning rate {lr_of(job, step):g}",
-        f"type a smaller learning rate (optim.lr={job.config.optim.lr / 10:.1g}) or grad_clip=1",
+        f"type a smaller learning rate (optim.lr={job.config.optim.lr / 10:.1g}){clip}",
     )
 
 

@@ -112,9 +112,9 @@ def _plain(kind: type, data: Any, path: str) -> Any:
         data = float(data) if abs(data) < 2**1023 else math.inf
     if type(data) is not kind:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        quoted = f": {path}=\"'{_typed(data)}'\"" if kind is str else ""
         raise UsageError(
-            f"{path}={_typed(data)} has the wrong type",
-            f"{path} must be {words[kind]}" + (f": {path}=\"'{data}'\"" if kind is str else ""),
+            f"{path}={_typed(data)} has the wrong type", f"{path} must be {words[kind]}{quoted}"
         )
     if isinstance(data, float) and not math.isfinite(data):
         raise UsageError(f"{path}={_typed(data)} is not finite", f"{path} must be a finite number")
@@ -201,20 +201,25 @@ def unknown_key(key: str, known: list[str]) -> UnknownKeyError:
     best = nearest(key, known)
     if best is not None:
         return UnknownKeyError(key, f"did you mean {best}=...?")
-    more = ", ..." if len(known) > 12 else ""
-    return UnknownKeyError(key, f"keys are: {', '.join(known[:12])}{more}")
+    folder = key[: key.rfind(".") + 1]
+    beside = [other for other in known if folder and other.startswith(folder)] or known
+    more = ", ..." if len(beside) > 12 else ""
+    return UnknownKeyError(key, f"keys are: {', '.join(beside[:12])}{more}")
 
 
 def nearest(word: str, words: list[str]) -> str | None:
     """The one of `words` that `word` was likely meant to be, or None.
 
-    A key without its path (`lr`, `patiense`) is compared with the last part of each key too.
+    A key without its path (`lr`, `patiense`) is compared with the last part of each key too; of two
+    with the same path only the last parts are.
     """
     last = word.rpartition(".")[2]
     for candidate in words:
         if candidate.rpartition(".")[2] == last:
             return candidate
-    if close := difflib.get_close_matches(word, words, n=1, cutoff=0.6):
+    path = word.removesuffix(last)
+    others = [each for each in words if not (path and f"{each}.".startswith(path))]
+    if close := difflib.get_close_matches(word, others, n=1, cutoff=0.6):
         return close[0]
     lasts = {candidate.rpartition(".")[2]: candidate for candidate in reversed(words)}
     close = difflib.get_close_matches(last, lasts, n=1, cutoff=0.6)

@@ -179,7 +179,8 @@ MALFORMED = [
     ("train dataset=linear loss=mse", "model=cnn needs images, but dataset=linear", "model=linear"),
     ("train monitor=val_mse dataset=digits", "monitor=val_mse", "monitor=val_accuracy"),
     ("train optim=sgd optim.nesterov=true", "optim.momentum=0", "optim.momentum=0.9"),
-    ("train early_stop.patience=10", "early_stop.patience=10", "early_stop.patience=5"),
+    ("train model.foo=1", "'model.foo'", "keys are: model.hidden, model.dropout"),
+    ("eval checkpoint=null", "checkpoint=null has the wrong type", "checkpoint must be text"),
     (
         "train early_stop.patience=2 dataset.val_fraction=0",
         "dataset.val_fraction=0",

@@ -74,9 +74,42 @@ def test_each_job_of_several_leaves_its_file(
 ) -> None:
     run = trained("model=linear", "dataset=digits", "epochs=1")
     words = (f"checkpoint={run}", "split=val,test", f"out={tmp_path}/${{split}}", *more)
-    assert mnist_cli("eval", "-m", *words).code == 0
+    outcome = mnist_cli("eval", "-m", *words)
+    assert outcome.code == 0
     for split in ("val", "test"):
         assert (tmp_path / split / "eval.json").exists()
+        score = f"{result_of(run)[split]['accuracy']:.2%}"
+        assert f"on the {split} split of digits: accuracy {score}" in outcome.stdout
+
+
+@pytest.mark.parametrize("command", ["eval", "export", "predict", "report"])
+def test_a_file_is_no_folder_to_write_to(
+    mnist_cli: Program, trained: Trained, command: str
+) -> None:
+    run, file = trained(*MLP), Path("file")
+    file.touch()
+    more = {"predict": ("images=file",)}.get(command, ())
+    key = "run" if command == "report" else "checkpoint"
+    for out, error in (("file", "out=file is a file"), ("file/x", "Not a directory")):
+        outcome = mnist_cli(command, f"{key}={run}", *more, f"out={out}", "--quiet")
+        if (command, out) == ("predict", "file/x"):  # no picture is found first
+            continue
+        assert outcome.code == 2 and error in outcome.error
+        assert "out=DIR" in outcome.hint
+    assert file.stat().st_size == 0
+
+
+def test_the_data_of_the_run_may_be_gone(
+    mnist_cli: Program, trained: Trained, real_mnist: Path
+) -> None:
+    run = trained("model=linear", "epochs=1", f"dataset.root={real_mnist}")
+    Path("empty").mkdir()
+    words = ("dataset.root=empty", "--quiet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MNIST_CLI_DOWNLOAD_TIMEOUT", "0.001")
+        outcome = mnist_cli("eval", f"checkpoint={run}", *words)
+    assert outcome.code == 3
+    assert outcome.hint == "name the folder that holds the data of the run: dataset.root=DIR"
 
 
 def test_an_empty_split_is_a_usage_error(mnist_cli: Program, trained: Trained) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import Outcome, Program
+from conftest import ROOT, Outcome, Program
 from torch import Tensor
 
 from mnist_cli import checkpoint, conf, dataset, export, scoring
@@ -87,6 +88,7 @@ def test_onnx(mnist_cli: Program, trained: Trained, model: str) -> None:
     accuracy = json.loads((run / "result.json").read_text())["test"].get("accuracy")
     assert parity["accuracy_checkpoint"] == parity["accuracy_export"] == accuracy
 
+    assert str(ROOT).encode() not in path.read_bytes()  # where the source lies is nobody's business
     graph = onnx.load(path, load_external_data=False)
     onnx.checker.check_model(graph, full_check=True)
     assert [entry.version for entry in graph.opset_import if entry.domain == ""] == [20]
@@ -121,6 +123,8 @@ def test_torch_export(mnist_cli: Program, trained: Trained, model: str) -> None:
     assert (made["parity"]["n"], made["parity"]["argmax_agreement"]) == (len(test), 1.0)
     extra = {"mnist_cli.json": ""}
     program = torch.export.load("out/model.pt2", extra_files=extra).module()
+    with zipfile.ZipFile("out/model.pt2") as archive:
+        assert not any(str(ROOT).encode() in archive.read(name) for name in archive.namelist())
     assert json.loads(extra["mnist_cli.json"])["config"] == to_plain(found.config)
     for size in SIZES:
         batch = first(test, size)

@@ -515,6 +515,8 @@ def test_a_sweep_over_checkpoints(mnist_cli: Program, trained: Trained) -> None:
     for job in json.loads(outcome.stdout)["jobs"]:
         assert job["exit_code"] == 3
         assert [list(entry) for entry in job["answers"]] == [KEYS, ["path", "error"]]
+    said = mnist_cli("predict", "-m", words[0], "images=5.png").stdout.splitlines()
+    assert len([line for line in said if line.split()[:2] == ["5.png", "5"]]) == 2
 
 
 def test_what_has_no_pictures_is_refused(mnist_cli: Program, trained: Trained) -> None:

@@ -151,6 +151,14 @@ def test_a_standard_output_that_is_full_or_closed_does_not_end_the_run(
     assert ended.code == 0
 
 
+def test_a_full_standard_output_is_an_error_where_nothing_else_holds_the_answers(
+    server: Server, plain: Path
+) -> None:
+    ended = server.run(faults.program_with_stdout, ["eval", f"checkpoint={plain}"], "/dev/full")
+    assert ended.code == 6
+    assert "can't write to the standard output" in two_lines(ended.stderr)[0]
+
+
 def test_a_real_process_too(plain: Path, tmp_path: Path) -> None:
     """The one test here that pays for a start of its own."""
     folder = tmp_path / "run"

@@ -411,7 +411,7 @@ def test_a_job_in_use_fails_alone(mnist_cli: Program) -> None:
 @pytest.mark.parametrize(
     ("words", "error", "hint"),
     [
-        (("sweep.jobs=2",), "'sweep.jobs=2' is for a sweep", "add -m"),
+        (("sweep.jobs=2",), "sweep.jobs= is for a sweep", "add -m"),
         (("sweep={jobs:2}",), "is for a sweep", "add -m"),
         (("-m", "sweep.jobs=0"), "sweep.jobs=0 is out of range", "at least 1"),
         (("-m", "sweep.jobs=1,2"), "gives several values", "type one value"),
@@ -439,6 +439,22 @@ def test_a_folder_with_runs_is_no_new_sweep(mnist_cli: Program) -> None:
     assert outcome.code == 2
     assert outcome.error == "out=a holds runs already"
     assert "sweep.resume=a" in outcome.hint
+    outcome = mnist_cli("train", *TINY, "out=a")
+    assert (outcome.code, outcome.error) == (2, "out=a is the folder of a sweep")
+
+
+def test_to_go_on_takes_the_words_of_the_sweep(mnist_cli: Program) -> None:
+    words = ("train", "-m", *TINY, "epochs=1")
+    assert mnist_cli(*words, "out=a", "--quiet").code == 0
+    before = sorted(os.listdir("a"))
+    assert [name[:4] for name in before] == ["job-", "lead", "lead", "lead"]  # nothing differs
+    outcome = mnist_cli("train", "-m", "sweep.resume=a", "sweep.jobs=1")
+    assert outcome.code == 2
+    assert outcome.error == "sweep.resume=a alone would train the defaults there"
+    assert "type the words of the sweep again" in outcome.hint
+    assert sorted(os.listdir("a")) == before
+    assert mnist_cli(*words, "sweep.resume=a", "--quiet").code == 0
+    assert sorted(os.listdir("a")) == before
 
 
 # --- going on ------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_cli import durable
-from mnist_cli.config import SweepConfig, TrainConfig
+from mnist_cli.config import EvalConfig, SweepConfig, TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import MnistCliError, SweepError
 from mnist_cli.run import RunFolder
@@ -307,7 +307,8 @@ def each(jobs: Sequence[Job], console: Console, command: Callable[[Job, Console]
         UsageError: two jobs would write the same file; none was run.
     """
     refuse_same_files(jobs)
-    inner = Console(quiet=console.quiet, as_json=console.as_json, brief=True)
+    is_eval = isinstance(jobs[0].config, EvalConfig)  # whose first line says what counts
+    inner = Console(quiet=console.quiet, as_json=console.as_json, brief=is_eval)
     documents, shared = [], shared_words(jobs)
     for number, job in enumerate(jobs, 1):
         console.say(f"job {number}/{len(jobs)}  {difference(job, shared) or 'as it stands'}")

@@ -88,6 +88,11 @@ def folder_of(jobs: Sequence[Job], settings: SweepConfig | None) -> Path | None:
                 f"sweep.resume={folder} is not a folder",
                 "name the folder of a sweep: sweep.resume=outputs/sweep/SWEEP",
             )
+        if not any(job.words for job in jobs) and not any(folder.glob(f"*{_ending(jobs[0])}")):
+            raise UsageError(
+                f"sweep.resume={folder} alone would train the defaults there",
+                "type the words of the sweep again, with sweep.resume=DIR in place of out=",
+            )
         return folder
     if out is None:
         return runs.unique_folder(Path(SWEEPS))
@@ -151,9 +156,8 @@ def _absolute(path: str) -> str:
 
 
 def shared_words(jobs: Sequence[Job]) -> frozenset[str]:
-    """The overrides that all jobs share; none of a single job."""
-    first, *others = (frozenset(job.words) for job in jobs)
-    return first.intersection(*others) if others else frozenset()
+    """The overrides that all jobs share; of a single job all."""
+    return frozenset.intersection(*(frozenset(job.words) for job in jobs))
 
 
 def difference(job: Job, shared: frozenset[str]) -> str:
@@ -168,13 +172,17 @@ def placed(job: Job, folder: Path, label: str) -> Job:
     """
     assert isinstance(job.config, TrainConfig)
     slug = re.sub(r"[^A-Za-z0-9.=_+-]+", "_", label.replace(" ", ","))[:60]
-    ending = f"-{config_hash(job.config)[:8]}"
-    path = folder / f"{slug.strip('_.') or 'job'}{ending}"
+    path = folder / f"{slug.strip('_.') or 'job'}{_ending(job)}"
     if not path.exists():  # the words may be others than they were; the hash knows no device
-        found = (p for p in sorted(folder.glob(f"*{ending}")) if _device_of(p) == job.config.device)
-        path = next(found, path)
+        found = sorted(folder.glob(f"*{_ending(job)}"))
+        path = next((p for p in found if _device_of(p) == job.config.device), path)
     resume = "auto" if path.exists() else None
     return Job(job.words, dataclasses.replace(job.config, out=str(path), resume=resume))
+
+
+def _ending(job: Job) -> str:
+    assert isinstance(job.config, TrainConfig)
+    return f"-{config_hash(job.config)[:8]}"
 
 
 def _device_of(folder: Path) -> str | None:
