@@ -47,7 +47,7 @@ lint: $(STAMP)  ## check format, style and types
 
 check: lint test  ## what CI runs: lint and test
 
-bench: $(STAMP) $(if $(PEERS),$(PEERS_STAMP))  ## measure speed; PEERS=1 beside Keras, JAX and Lightning too
+bench: $(STAMP) $(if $(PEERS),$(PEERS_STAMP))  ## measure speed; PEERS=1 beside Keras and JAX too
 	$(BIN)/python benchmarks/run.py $(if $(PEERS),--peers-python .venv-peers/bin/python) $(BENCH)
 
 torture: $(STAMP)  ## kill, corrupt and starve runs, for a long time

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 import textwrap
 import tomllib
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,12 +23,16 @@ RUN = ("dataset=digits", "epochs=1", "report=false", "--quiet")
 MINE = ("model=tiny", "model.width=24", "optim=radam", "optim.lr=0.02", *RUN)
 
 
-def install(site: Path, files: dict[str, str]) -> None:
-    """Put a package where Python finds it, as pip would; its entry points are in pyproject.toml."""
+def write(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
-        path = site / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+
+def install(site: Path, files: dict[str, str]) -> None:
+    """Put a package where Python finds it, as pip would; its entry points are in pyproject.toml."""
+    write(site, files)
     project = tomllib.loads(files["pyproject.toml"])["project"]
     info = site / f"{project['name'].replace('-', '_')}-1.0.dist-info"
     info.mkdir()
@@ -73,9 +79,21 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     options.PLUGINS.clear()
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pip would install of the README's package; built without a network."""
+    folder = tmp_path_factory.mktemp("my-package")
+    write(folder, readme_package())
+    code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+    (built,) = (folder / "dist").iterdir()
+    return built
+
+
 @pytest.fixture
-def mine(site: Path) -> Path:
-    install(site, readme_package())
+def mine(site: Path, wheel: Path) -> Path:
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(site)
     return site
 
 
