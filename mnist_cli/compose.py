@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
@@ -68,7 +69,7 @@ def run(line: Line, console: Console, started_s: float) -> int:
     """
     overrides = overrides_of(line)
     with held(), hydra_errors(line), initialized(line):
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = parse(overrides)
         _refuse_sweep_keys(parsed)
         _refuse_sweep_values(parsed)
         config = checked(line, compose(line, [*_groups_of_run(line), *overrides]))
@@ -187,6 +188,12 @@ def initialized(line: Line) -> Iterator[None]:
         str(conf.conf_dir()), job_name=line.command or "", **arguments
     ):
         yield
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """What Hydra reads. Inside of `initialized`: a `glob()` goes over the options of a group."""
+    loader = GlobalHydra.instance().config_loader()
+    return OverridesParser.create(loader).parse_overrides(list(overrides))
 
 
 def compose(line: Line, overrides: Sequence[str]) -> DictConfig:

@@ -15,7 +15,6 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
@@ -151,7 +150,7 @@ def _check_jobs(
         The jobs, the keys `sweep.*` of `train`, and the launcher.
     """
     with held(), hydra_errors(line), compose.initialized(line):
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = compose.parse(overrides)
         of_hydra = [o for o in parsed if re.match(r"hydra\b", o.key_or_group)]
         plain = [o for o in parsed if not re.match(r"hydra\b", o.key_or_group)]
         listed = [o for o in plain if not o.is_sweep_override() or o.is_discrete_sweep()]

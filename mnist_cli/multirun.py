@@ -41,7 +41,7 @@ def run(line: Line, console: Console) -> int:
         UsageError: nothing was started, and nothing written.
     """
     with held(), hydra_errors(line), compose.initialized(line):
-        parsed = OverridesParser.create().parse_overrides(compose.overrides_of(line))
+        parsed = compose.parse(compose.overrides_of(line))
         composer = Composer(line, parsed)
         settings = sweep_settings(composer, parsed)
         is_search = settings is not None and settings.search == "optuna"

@@ -443,6 +443,13 @@ def test_a_folder_with_runs_is_no_new_sweep(mnist_cli: Program) -> None:
     assert (outcome.code, outcome.error) == (2, "out=a is the folder of a sweep")
 
 
+@pytest.mark.parametrize("more", [(), ("hydra.verbose=false",)])
+def test_a_glob_goes_over_the_options_of_a_group(mnist_cli: Program, more: tuple[str, ...]) -> None:
+    words = ("train", "-m", "model=glob([l*,m*])", "dataset=digits", "epochs=1", "report=false")
+    assert mnist_cli(*words, "out=a", "--quiet", *more).code == 0
+    assert {row["config"]["model"] for row in board_of(Path("a"))["rows"]} == {"linear", "mlp"}
+
+
 def test_to_go_on_takes_the_words_of_the_sweep(mnist_cli: Program) -> None:
     words = ("train", "-m", *TINY, "epochs=1")
     assert mnist_cli(*words, "out=a", "--quiet").code == 0
