@@ -217,8 +217,8 @@ def checked(line: Line, composed: DictConfig) -> Any:
             needed = "images=PATH" if key == "images" else f"{key!s}=RUN"
             raise UsageError(f"{key!s}= is required", f"type mnist-cli {line.command} {needed}")
     for word in line.overrides:
-        key = word.lstrip("+~").partition("=")[0]
-        if key in conf.GROUPS and "[" in word:
+        key, _, value = word.lstrip("+~").partition("=")
+        if key in conf.GROUPS and value.startswith("["):
             raise UsageError(
                 f"{shown(word)} names several options of {key}", f"type one, or -m {key}=a,b"
             )
