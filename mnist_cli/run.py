@@ -191,7 +191,7 @@ def create(out: str | None, parent: str, is_resumed: bool = False) -> Iterator[R
         is_resumed: `out` may hold the records of a run that failed before its first checkpoint.
 
     Raises:
-        UsageError: `out` holds a run already, or is the folder of a sweep.
+        UsageError: `out` holds a run already, or the folders of others, as that of a sweep does.
         LockedError: another process is making a run in `out`.
         ResourceError: the folder can't be made.
     """
@@ -204,7 +204,7 @@ def create(out: str | None, parent: str, is_resumed: bool = False) -> Iterator[R
         durable.remove_stale_temporaries(folder)
         if any(holds_run(job) for job in folder.glob("*-*/")):
             raise UsageError(
-                f"out={folder} is the folder of a sweep", "name another folder: out=DIR"
+                f"out={folder} holds the folders of other runs", "name another: out=DIR"
             )
         if holds_run(folder) and not (is_resumed and _never_began(folder)):
             raise UsageError(

@@ -440,7 +440,7 @@ def test_a_folder_with_runs_is_no_new_sweep(mnist_cli: Program) -> None:
     assert outcome.error == "out=a holds runs already"
     assert "sweep.resume=a" in outcome.hint
     outcome = mnist_cli("train", *TINY, "out=a")
-    assert (outcome.code, outcome.error) == (2, "out=a is the folder of a sweep")
+    assert (outcome.code, outcome.error) == (2, "out=a holds the folders of other runs")
 
 
 @pytest.mark.parametrize("more", [(), ("hydra.verbose=false",)])
