@@ -197,8 +197,6 @@ def create(out: str | None, parent: str, is_resumed: bool = False) -> Iterator[R
     """
     folder = Path(os.path.expanduser(out)) if out is not None else unique_folder(Path(parent))
     with durable.writing(folder):
-        if folder.is_file():
-            raise UsageError(f"out={folder} is a file", "name a folder: out=DIR")
         folder.mkdir(parents=True, exist_ok=True)
     with durable.locked(folder):
         durable.remove_stale_temporaries(folder)
