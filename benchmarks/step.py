@@ -64,8 +64,6 @@ def parts(shape: Shape, job: Job) -> dict[str, Callable[[int], object]]:
     activations = [torch.rand(rows, width) for width in shape.hidden]
 
     def whole(step: int) -> object:
-        loop.set_lr(job, step)
-        runtime.reseed(job.device, runtime.counted_seed(job.config.seed, "step", step))
         return loop.take_step(job, indices[step], step)
 
     def batch(step: int) -> object:

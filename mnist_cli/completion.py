@@ -21,7 +21,7 @@ from mnist_cli.line import typed_plugins
 # The values that a key may have, where they can be counted; a test compares with `config`.
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
-    "precision": ("float32", "bfloat16", "float16"),
+    "precision": ("float32", "tf32", "bfloat16", "float16"),
     "sweep.fused": ("auto", "true", "false"),
     "sweep.search": ("grid", "optuna"),
     "sweep.sampler": ("tpe", "gp", "random", "grid"),

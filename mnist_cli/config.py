@@ -54,8 +54,9 @@ class TrainConfig:
     epochs: Count
     batch_size: Count
     device: str
-    precision: Literal["float32", "bfloat16", "float16"]
+    precision: Literal["float32", "tf32", "bfloat16", "float16"]
     compile: bool
+    cuda_graph: bool
     grad_clip: Positive | None
     grad_accum: Count
     monitor: Literal["auto", "val_loss", "val_accuracy", "val_mse"]
@@ -168,6 +169,7 @@ OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
 # Keys of `train` that don't change the numbers of a run; they may differ when one is resumed.
 FREE_KEYS = (
     "device",
+    "cuda_graph",
     "dataset.root",
     "dataset.mirror",
     "save_every",

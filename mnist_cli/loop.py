@@ -8,7 +8,7 @@ import functools
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,21 @@ from mnist_cli.signals import SignalWatch
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PROFILED_STEPS = 20
+REPLAYED_STEPS = 50  # how many are replayed between two looks at losses, signals and the clock
 
+Replay = Callable[[Sequence[Tensor], int], list[float]]
 ShouldStop = Callable[[int, float | None], bool]
 Log = Callable[[dict[str, Any]], None]
 
 
 @dataclass
 class Job:
-    """All that a run works with. `forward` is the model, compiled where that was asked for."""
+    """All that a run works with.
+
+    Attributes:
+        forward: the model, compiled where that was asked for.
+        replay: takes steps as `take_steps` does, out of a CUDA graph; None where there is none.
+    """
 
     config: TrainConfig
     device: torch.device
@@ -50,6 +57,7 @@ class Job:
     scaler: torch.amp.GradScaler
     progress: Progress
     times: dict[str, float]
+    replay: Replay | None = None
 
     @functools.cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -104,14 +112,14 @@ def fit(
             batches = order.split(config.batch_size * config.grad_accum)
             job.model.train()
             resumed_at_s, spent_s = time.perf_counter(), epoch_s
-            for indices in batches[position:]:
-                lr = set_lr(job, step)
-                runtime.reseed(job.device, runtime.counted_seed(config.seed, "step", step))
-                loss = take_step(job, indices, step)
-                step += 1
-                position += 1
-                loss_sum += loss * len(indices)
-                profiler.step()
+            while position < len(batches):
+                taken = batches[position : position + steps_at_once(job, step)]
+                losses = take_steps(job, taken, step)
+                step += len(taken)
+                position += len(taken)
+                for loss, indices in zip(losses, taken, strict=True):
+                    loss_sum += loss * len(indices)
+                profiler.advance(len(taken))
                 bar.show(
                     position, len(batches), f"epoch {epoch + 1}/{config.epochs}", f"loss {loss:.4f}"
                 )
@@ -128,7 +136,7 @@ def fit(
             row = {
                 "epoch": epoch + 1,
                 "step": step,
-                "lr": lr,
+                "lr": lr_of(job, step - 1),
                 "train_loss": loss_sum / len(train),
                 **scores,
                 "seconds": epoch_s,
@@ -185,8 +193,26 @@ def set_lr(job: Job, step: int) -> float:
     """Give the optimizer the learning rate of `step`, and return it."""
     lr = lr_of(job, step)
     for group in job.optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):  # which a CUDA graph reads where it is
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
     return lr
+
+
+def steps_at_once(job: Job, step: int) -> int:
+    """How many steps from `step` on may be taken before losses, signals and the clock are seen."""
+    if job.replay is None:
+        return 1
+    every = job.config.save_every
+    return min(REPLAYED_STEPS, every - step % every) if isinstance(every, int) else REPLAYED_STEPS
+
+
+def take_steps(job: Job, batches: Sequence[Tensor], step: int) -> list[float]:
+    """As `take_step`, on one batch after the other; the losses of all."""
+    if job.replay is not None:
+        return job.replay(batches, step)
+    return [take_step(job, indices, number) for number, indices in enumerate(batches, step)]
 
 
 def take_step(job: Job, indices: Tensor, step: int) -> float:
@@ -198,29 +224,47 @@ def take_step(job: Job, indices: Tensor, step: int) -> float:
     Raises:
         DivergedError: the loss, or the gradient of the step before, is not finite.
     """
+    set_lr(job, step)
+    runtime.reseed(job.device, runtime.counted_seed(job.config.seed, "step", step))
+    loss = sum(part.item() for part in compute_gradients(job, indices))
+    if not math.isfinite(loss):
+        check_weights(job, step - 1)
+        raise diverged(job, "loss", loss, step)
+    update_weights(job)
+    return loss
+
+
+def compute_gradients(job: Job, indices: Tensor) -> list[Tensor]:
+    """Compute the gradient of the mean loss of the samples `indices`.
+
+    Returns:
+        The part of each batch in that loss, () float32: they add up to it.
+    """
     config, train = job.config, job.data.train
     for parameter in job.parameters:
         parameter.grad = None
-    total = 0.0
-    for batch in indices.split(config.batch_size):
-        # Not inputs[batch]: that takes ten times as long on the CPU.
-        inputs = job.normalise(train.inputs.index_select(0, batch))
-        with _autocast(job):
-            outputs = job.forward(inputs)
-        loss = job.loss(outputs.float(), train.targets.index_select(0, batch))
-        if len(batch) < len(indices):
-            loss = loss * (len(batch) / len(indices))
-        job.scaler.scale(loss).backward()
-        total += loss.item()
-    if not math.isfinite(total):
-        check_weights(job, step - 1)
-        raise diverged(job, "loss", total, step)
-    if config.grad_clip is not None:
+    parts = []
+    with runtime.tf32() if config.precision == "tf32" else contextlib.nullcontext():
+        for batch in indices.split(config.batch_size):
+            # Not inputs[batch]: that takes ten times as long on the CPU.
+            inputs = job.normalise(train.inputs.index_select(0, batch))
+            with _autocast(job):
+                outputs = job.forward(inputs)
+            loss = job.loss(outputs.float(), train.targets.index_select(0, batch))
+            if len(batch) < len(indices):
+                loss = loss * (len(batch) / len(indices))
+            job.scaler.scale(loss).backward()
+            parts.append(loss)
+    return parts
+
+
+def update_weights(job: Job) -> None:
+    """Take the optimizer's step with the gradients that are there."""
+    if job.config.grad_clip is not None:
         job.scaler.unscale_(job.optimizer)
-        torch.nn.utils.clip_grad_norm_(job.parameters, config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(job.parameters, job.config.grad_clip)
     job.scaler.step(job.optimizer)
     job.scaler.update()
-    return total
 
 
 def check_weights(job: Job, step: int) -> None:
@@ -345,9 +389,8 @@ def stop_if_asked(signals: SignalWatch, job: Job, folder: RunFolder) -> None:
 
 
 def _autocast(job: Job) -> contextlib.AbstractContextManager[None]:
-    if job.config.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(job.device.type, AUTOCAST[job.config.precision])
+    dtype = AUTOCAST.get(job.config.precision)
+    return torch.autocast(job.device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -374,9 +417,9 @@ class _Profiler:
             self._profile.start()
         return self
 
-    def step(self) -> None:
+    def advance(self, num_steps: int) -> None:
         if self._left:
-            self._left -= 1
+            self._left = max(0, self._left - num_steps)
             if not self._left:
                 self._write()
 

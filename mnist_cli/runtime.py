@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import hashlib
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +43,26 @@ def resolve_device(name: str, precision: str = "float32") -> torch.device:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
+        _allow_tf32(False)
     return device
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """In the block CUDA may round the factors of products to TensorFloat-32: 10 bits of 23.
+
+    Source: NVIDIA, "A100 Tensor Core GPU Architecture", 2020.
+    """
+    _allow_tf32(True)
+    try:
+        yield
+    finally:
+        _allow_tf32(False)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def set_up_cpu() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mnist_cli import dataset, logger, optim, outcome, resume, runtime
+from mnist_cli import cuda_graph, dataset, logger, optim, outcome, resume, runtime
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
 from mnist_cli.config import TrainConfig
@@ -74,6 +74,7 @@ def run(
         with watching as watch, Loggers(console) as loggers:
             with outcome.recorded(found):
                 outcome.begin(found)
+                cuda_graph.set_up(found.job, console)
                 loggers.start(found.job.config, found.folder)
                 reason = fit(found.job, found.folder, console, watch, loggers.log, should_stop)
                 finished = outcome.conclude(found, watch)

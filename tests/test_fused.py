@@ -185,8 +185,9 @@ def config_with(**values: Any) -> TrainConfig:
         "dataset": {"name": "digits", "val_fraction": 0.1},
         "schedule": {"name": "constant", "warmup_epochs": 0.0},
         "seed": 0, "epochs": 1, "batch_size": 64, "device": "auto", "precision": "float32",
-        "compile": False, "grad_clip": None, "grad_accum": 1, "monitor": "auto",
-        "early_stop": {"patience": None}, "save_every": None, "resume": None, "resume_allow": [],
+        "compile": False, "cuda_graph": False, "grad_clip": None, "grad_accum": 1,
+        "monitor": "auto", "early_stop": {"patience": None}, "save_every": None, "resume": None,
+        "resume_allow": [],
         "profile": False, "plugin": [], "report": True, "logger": [], "predictions": False,
         "out": None,
     }  # fmt: skip

@@ -157,8 +157,8 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "completion": {"line"},
     },
     "commands": {
-        "train": {"outcome", "loop", "logger"}, "outcome": {"loop", "logger"}, "loop": set(),
-        "stacked": {"loop"}, "logger": {"export"},
+        "train": {"outcome", "loop", "logger", "cuda_graph"}, "outcome": {"loop", "logger"},
+        "loop": set(), "stacked": {"loop"}, "cuda_graph": {"loop"}, "logger": {"export"},
         "evaluate": {"trained"}, "export": {"onnx_file"}, "onnx_file": set(),
         "trained": {"onnx_file"}, "predict": {"trained"}, "demo": {"trained"},
         "sweep": {"train", "outcome", "loop", "stacked"}, "report": {"sweep"},

@@ -262,6 +262,7 @@ def test_what_shapes_a_step_makes_another_group(word: str) -> None:
         ("model=cnn", "model=cnn"),
         ("precision=bfloat16", "precision=bfloat16"),
         ("compile=true", "compile=true"),
+        ("cuda_graph=true", "cuda_graph=true"),
         ("grad_accum=2", "grad_accum=2"),
         ("save_every=30s", "save_every=30s"),
         ("profile=true", "profile=true"),

@@ -149,7 +149,7 @@ def _end_epoch(members: Sequence[Member], epoch: int, step: int) -> None:
         member.row = {
             "epoch": epoch,
             "step": step,
-            "lr": loop.set_lr(job, step - 1),
+            "lr": loop.lr_of(job, step - 1),
             "train_loss": member.loss_sum / len(data.train),
             **scores,
             "seconds": epoch_s,

@@ -88,6 +88,8 @@ def _obstacle(config: TrainConfig) -> str | None:
         return f"precision={config.precision}"
     if config.compile:
         return "compile=true"
+    if config.cuda_graph:
+        return "cuda_graph=true"
     if config.grad_accum > 1:
         return f"grad_accum={config.grad_accum}"
     if config.save_every is not None:
