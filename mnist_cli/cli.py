@@ -116,11 +116,11 @@ def _run(line: Line, console: Console, started_s: float) -> int:
     Whatever speaks of Hydra itself (`--cfg`, `--info`, a launcher, a sweeper, a `hydra.` key) goes
     through `hydra.main`, so that all of Hydra works as its documentation says.
     """
-    from mnist_cli.imports import uncollected
+    from mnist_cli.imports import importing
 
     if line.is_multirun and line.command == "demo":
         raise UsageError("demo shows one checkpoint, and -m asks for several", "leave -m away")
-    with uncollected():
+    with importing():
         from mnist_cli import compose
     if line.speaks_of_hydra:
         from mnist_cli import hydra_main

@@ -38,7 +38,7 @@ from mnist_cli.config import (
 from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted, UsageError, one_line, shown
 from mnist_cli.explain import hydra_errors, no_such_key
-from mnist_cli.imports import uncollected
+from mnist_cli.imports import importing
 from mnist_cli.line import Line
 from mnist_cli.run import RunFolder, quoted
 from mnist_cli.signals import held
@@ -143,7 +143,7 @@ def command(
     out = getattr(config, "out", None)
     if out is not None and os.path.isfile(os.path.expanduser(out)):
         raise UsageError(f"out={out} is a file", "name a folder: out=DIR")
-    with uncollected():
+    with importing():
         run = _imported(config)
     if isinstance(config, TrainConfig):
         return run(config, console, typed, started_s)

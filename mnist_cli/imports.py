@@ -13,14 +13,12 @@ MANY = 100  # modules; where there are fewer, most objects are not theirs
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """What is imported inside is never looked through for garbage: modules stay to the end.
+def importing() -> Iterator[None]:
+    """The block imports much: the garbage collector leaves it alone, and signals wait for it.
 
-    Left to itself the collector walks through the objects of torch several times while they are
-    made, in every full collection of the run, and once more when the process ends: a quarter of
-    the time of `python -c 'import torch'`.
-
-    A signal waits until all is imported.
+    Modules stay to the end. Left to itself the collector walks through the objects of torch several
+    times while they are made, in every full collection of the run, and once more when the process
+    ends: a quarter of the time of `python -c 'import torch'`.
 
     Source: gc.freeze in the documentation of Python.
     """

@@ -25,26 +25,26 @@ def load(number: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def test_many_modules_are_frozen(frozen: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with imports.uncollected():
+    with imports.importing():
         assert not gc.isenabled()
         load(imports.MANY, monkeypatch)
     assert gc.isenabled() and gc.get_freeze_count() > frozen
 
 
 def test_what_a_run_makes_is_collected(frozen: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with imports.uncollected():
+    with imports.importing():
         load(imports.MANY - 1, monkeypatch)
     assert gc.isenabled() and gc.get_freeze_count() <= frozen
 
 
 def test_an_import_that_fails_leaves_the_collector_on(frozen: int) -> None:
-    with pytest.raises(ImportError), imports.uncollected():
+    with pytest.raises(ImportError), imports.importing():
         raise ImportError
     assert gc.isenabled()
 
 
 def test_a_collector_that_was_off_stays_off(frozen: int) -> None:
     gc.disable()
-    with imports.uncollected():
+    with imports.importing():
         pass
     assert not gc.isenabled()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -320,6 +321,14 @@ def check(trained: Run, shared: Sequence[str], own: Sequence[Sequence[str]]) -> 
     seen = finish(jobs)
     for job, words in zip(jobs, own, strict=True):
         assert_same_run(job, rows_of(seen, job), trained(*shared, *words))
+
+
+def test_a_step_loads_nothing_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch imports these where a step asks for it, a third of a second each and more."""
+    jobs = [job_of("model=mlp", "dataset=digits", "epochs=1", f"seed={seed}") for seed in range(2)]
+    for name in ("torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert len(finish(jobs)) == 2
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mnist_cli.dataset.cache import cached
 from mnist_cli.dataset.decode import Decoded, described
 from mnist_cli.dataset.split import stratified
 from mnist_cli.errors import DataError
-from mnist_cli.imports import uncollected
+from mnist_cli.imports import importing
 
 CLASSES = tuple("0123456789")
 COUNT = 1_797
@@ -37,7 +37,7 @@ def load() -> Decoded:
 
 
 def _decode() -> Decoded:
-    with uncollected():
+    with importing():
         from sklearn.datasets import load_digits
 
     bunch = load_digits()

@@ -39,7 +39,7 @@ from mnist_cli.errors import (
     one_line,
     shown,
 )
-from mnist_cli.imports import uncollected
+from mnist_cli.imports import importing
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
 from mnist_cli.sweep import leaderboard
@@ -211,7 +211,7 @@ def run_job(
     Raises:
         Interrupted: by a signal, after a checkpoint was written.
     """
-    with uncollected():
+    with importing():
         from mnist_cli import train
 
     config, started_s = job.config, time.monotonic()
@@ -240,7 +240,7 @@ def run_jobs(
         Interrupted: by a signal, after checkpoints were written and `on_end` was told.
     """
     if len(jobs) > 1:
-        with uncollected():
+        with importing():
             from mnist_cli.sweep import fused
 
         return fused.run(jobs, signals, on_epoch, on_end)

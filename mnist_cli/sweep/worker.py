@@ -27,7 +27,7 @@ from typing import Any
 from mnist_cli import plugin
 from mnist_cli.config import train_config
 from mnist_cli.errors import Interrupted
-from mnist_cli.imports import uncollected
+from mnist_cli.imports import importing
 from mnist_cli.signals import STOP_SIGNALS, SignalWatch
 from mnist_cli.sweep.job import Document, Job, run_jobs
 
@@ -60,7 +60,7 @@ def _read(lines: queue.SimpleQueue[bytes], signals: SignalWatch) -> None:
 
 
 def _work(lines: queue.SimpleQueue[bytes], out: Any, signals: SignalWatch) -> int:
-    with uncollected():
+    with importing():
         import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
