@@ -11,9 +11,10 @@ Source: PyTorch, "CUDA semantics", section "CUDA Graphs" (whole-network capture)
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -39,15 +40,18 @@ WARM_UP_STEPS = 3
 CAPTURABLE = ("sgd", "momentum", "adam", "adamw", "rmsprop", "adadelta")
 
 
-def set_up(job: Job, console: Console) -> None:
-    """Let `job` replay its steps if cuda_graph=true asks for it, or say why it doesn't."""
-    if not job.config.cuda_graph:
-        return
-    reason = obstacle(job)
-    if reason is None:
-        job.replay = StepGraph(job, CaptureStream(job.device))
-    else:
+@contextlib.contextmanager
+def replaying(job: Job, console: Console) -> Iterator[None]:
+    """In the block `job` replays its steps, where cuda_graph=true asks for it and it can be done."""
+    reason = obstacle(job) if job.config.cuda_graph else None
+    if reason is not None:
         console.warn(f"cuda_graph=true does nothing here: {reason}; steps are taken one by one")
+    elif job.config.cuda_graph:
+        job.replay = StepGraph(job, CaptureStream(job.device))
+    try:
+        yield
+    finally:
+        job.replay = None  # and with it the graph, which must not die while another is recorded
 
 
 def obstacle(job: Job) -> str | None:
@@ -93,14 +97,16 @@ class CaptureStream:
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # the death of an older graph would spoil the recording
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=self._stream):
                 step()
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+            cause = error.__context__ or error  # what went wrong first, before the recording did
+            if is_out_of_memory(cause):
+                raise cause from None
             raise UsageError(
-                f"cuda_graph=true fails here: {one_line(str(error))}", "type cuda_graph=false"
+                f"cuda_graph=true fails here: {one_line(str(cause))}", "type cuda_graph=false"
             ) from error
         return graph.replay
 
@@ -137,8 +143,6 @@ class StepGraph:
         for state in optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].to(self._lr.device)
-        # It warns of each step that is not recorded: the first ones, and the end of an epoch.
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
 
     def __call__(self, batches: Sequence[Tensor], step: int) -> list[float]:
         """Take a step on each of at most REPLAYED_STEPS batches; their mean losses, before it.

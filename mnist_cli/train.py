@@ -74,9 +74,9 @@ def run(
         with watching as watch, Loggers(console) as loggers:
             with outcome.recorded(found):
                 outcome.begin(found)
-                cuda_graph.set_up(found.job, console)
                 loggers.start(found.job.config, found.folder)
-                reason = fit(found.job, found.folder, console, watch, loggers.log, should_stop)
+                with cuda_graph.replaying(found.job, console):
+                    reason = fit(found.job, found.folder, console, watch, loggers.log, should_stop)
                 finished = outcome.conclude(found, watch)
             outcome.show(found, finished.result, reason)
             loggers.finish(finished)
