@@ -30,20 +30,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mnist_cli import __version__, dataset, durable, optim, strict_json
+from mnist_cli import __version__, durable, optim, strict_json
 from mnist_cli.config import TrainConfig, to_plain, train_config
-from mnist_cli.console import Console
-from mnist_cli.dataset import Dataset, DatasetSpec
+from mnist_cli.dataset import DatasetSpec
 from mnist_cli.errors import (
     CheckpointError,
-    DataError,
     DivergedError,
     PluginError,
     UsageError,
     shown,
 )
 from mnist_cli.model import build_model
-from mnist_cli.options import EmnistConfig, ImageFilesConfig, UntypedPluginError
+from mnist_cli.options import UntypedPluginError
 from mnist_cli.runtime import Host
 from mnist_cli.typed import Range, parse
 
@@ -440,46 +438,3 @@ def _shape(name: str, entry: Any) -> list[int]:
     if entry["dtype"] not in _DTYPES:
         raise _Refused(f"has a tensor {shown(name)} of type {shown(entry['dtype'])} instead of F32")
     return list(entry["shape"])
-
-
-def load_data(
-    config: TrainConfig,
-    spec: DatasetSpec,
-    root: str | None,
-    console: Console,
-    *,
-    may_download: bool = True,
-) -> Dataset:
-    """The data that a run was made with: at `root`, else where the run had it.
-
-    A mirror that a checkpoint names is forgotten: no address comes out of a file. Data of another
-    digest is said so; the numbers are then not those of the run.
-
-    Raises:
-        DataError: it is missing or damaged.
-        CheckpointError: the model of the checkpoint can't be fed with it.
-    """
-    source = config.dataset
-    if isinstance(source, ImageFilesConfig | EmnistConfig):
-        if root is None and source.root is not None and Path(source.root).is_dir():
-            root = source.root
-        source = dataclasses.replace(source, root=root, mirror=None)
-    try:
-        data = dataset.load(source, config.seed, may_download=may_download)
-    except DataError as error:
-        if "dataset=digits" not in error.hint:
-            raise
-        hint = "name the folder that holds the data of the run: dataset.root=DIR"
-        raise DataError(error.message, hint) from error
-    if (data.spec.input_shape, len(data.spec.classes)) != (spec.input_shape, len(spec.classes)):
-        raise CheckpointError(
-            f"the checkpoint is for samples of shape {spec.input_shape} and {len(spec.classes)}"
-            f" classes, but {spec.name} has {data.spec.input_shape} and {len(data.spec.classes)}",
-            "take a checkpoint that was trained on this dataset",
-        )
-    if spec.digest != data.spec.digest:
-        console.warn(
-            f"the {spec.name} data here is not what the run used"
-            f" (digest {data.spec.digest[:12]} instead of {spec.digest[:12]})"
-        )
-    return data

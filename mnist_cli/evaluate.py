@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mnist_cli import checkpoint as checkpoints
 from mnist_cli import durable, scoring, trained
 from mnist_cli.config import EvalConfig
 from mnist_cli.console import Console
 from mnist_cli.dataset import Split
+from mnist_cli.dataset.again import load_again
 from mnist_cli.errors import UsageError
 from mnist_cli.loss import build_loss
 
@@ -27,7 +27,7 @@ def run(config: EvalConfig, console: Console) -> dict[str, Any]:
     """
     model = trained.load(config.checkpoint, config.device, console)
     spec = model.spec
-    data = checkpoints.load_data(model.config, spec, config.dataset.root, console)
+    data = load_again(model.config, spec, config.dataset.root, console)
     split: Split = getattr(data, config.split)
     if not len(split):
         raise UsageError(

@@ -29,6 +29,7 @@ from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.config import ExportConfig, to_plain
 from mnist_cli.console import Console
 from mnist_cli.dataset import DatasetSpec, Normalise, Split
+from mnist_cli.dataset.again import load_again
 from mnist_cli.errors import ParityError, UsageError
 from mnist_cli.onnx_file import Answer
 from mnist_cli.options import plugin_words
@@ -71,7 +72,7 @@ def run(config: ExportConfig, console: Console) -> dict[str, Any]:
             "type quantize=none",
         )
     model = found.build_model(torch.device("cpu"))
-    data = checkpoints.load_data(found.config, found.spec, config.dataset.root, console)
+    data = load_again(found.config, found.spec, config.dataset.root, console)
     encoded, answer = _FORMATS[config.format](config, found, model)
     parity = compare(
         lambda split: scoring.answers(model, found.spec, split), answer, data.test, found.spec

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from mnist_cli import checkpoint, optim, scoring
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.console import Console
+from mnist_cli.dataset.again import load_again
 from mnist_cli.errors import CheckpointError, DivergedError, MnistCliError
 from mnist_cli.options import UntypedPluginError
 
@@ -705,7 +706,7 @@ def answers_or_says_why(found: Checkpoint, console: Console) -> None:
     if size > 10**5 or found.config.dataset.name not in ("linear", "digits"):
         return
     try:
-        data = checkpoint.load_data(found.config, found.spec, None, console)
+        data = load_again(found.config, found.spec, None, console)
     except MnistCliError:
         return
     answers = scoring.answers(found.build_model(torch.device("cpu")), found.spec, data.test)

@@ -11,6 +11,7 @@
     digits       scikit-learn's bundled digits
     linear       the synthetic regression set
     split        which rows are held back for validation
+    again        the data of a run, for those who ask its model
 
 The test set is the official one; validation rows are taken from the training set only.
 """

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from mnist_cli.dataset.decode import read_part
-from mnist_cli.dataset.files import GZIP_SLACK_BYTES, open_regular, shown_path
+from mnist_cli.dataset.files import GZIP_SLACK_BYTES, FilesError, open_regular, shown_path
 from mnist_cli.dataset.sources import Archive, Part, Source
 from mnist_cli.dataset.transfer import (
     CHUNK_BYTES,
@@ -33,7 +33,7 @@ from mnist_cli.dataset.transfer import (
     TransferError,
     patience_from_environment,
 )
-from mnist_cli.errors import DataError, MnistCliError, ResourceError, UsageError, shown
+from mnist_cli.errors import MnistCliError, ResourceError, UsageError, shown
 
 LOCK_FILE = ".mnist-cli.lock"
 STAGING_FOLDER = ".mnist-cli-download"
@@ -239,7 +239,7 @@ def _staging(root: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _unavailable(source: Source, root: Path, reason: str) -> DataError:
+def _unavailable(source: Source, root: Path, reason: str) -> FilesError:
     names = [part.file for part in source.missing(root) or source.parts]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     hint = (
@@ -251,7 +251,7 @@ def _unavailable(source: Source, root: Path, reason: str) -> DataError:
             f"{source.pickled_folder} is not read, because pickle files run code: put the binary"
             f" version's {source.folder} beside it, set MNIST_CLI_DATA=DIR, or type dataset=digits"
         )
-    return DataError(
+    return FilesError(
         f"{source.name}: {names[0]}{more} not found in {shown_path(root)},"
         f" nor downloaded: {reason}",
         hint,
@@ -265,7 +265,7 @@ def _unwritable(source: Source, root: Path, error: OSError) -> MnistCliError:
             f"{source.name} can't be downloaded to {where}: {error.strerror}",
             "make room there, or name another folder with dataset.root=DIR",
         )
-    return DataError(
+    return FilesError(
         f"{source.name}: {source.parts[0].file} not found in {where},"
         f" and it can't be downloaded there: {error.strerror or error}",
         "set MNIST_CLI_DATA=DIR to a folder that holds the files or can be written to,"

@@ -26,9 +26,13 @@ HINT = (
 )
 
 
-def damaged(path: Path, expected: str, found: str) -> DataError:
+class FilesError(DataError):
+    """Files of a dataset are missing or damaged. The hint is for one who could take another."""
+
+
+def damaged(path: Path, expected: str, found: str) -> FilesError:
     """The error for a file that isn't what it should be."""
-    return DataError(f"{shown_path(path)}: expected {expected}, found {found}", HINT)
+    return FilesError(f"{shown_path(path)}: expected {expected}, found {found}", HINT)
 
 
 def shown_path(path: Path) -> str:

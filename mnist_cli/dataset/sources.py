@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from mnist_cli.dataset import cifar, idx
-from mnist_cli.errors import DataError, UsageError
+from mnist_cli.dataset.files import FilesError
+from mnist_cli.errors import UsageError
 from mnist_cli.options import EmnistConfig, ImageFilesConfig
 
 # SHA-256 of MNIST's unpacked files. Fashion-MNIST and KMNIST use the same names, counts and shapes.
@@ -239,7 +240,7 @@ def data_root(root: str | None) -> Path:
 
     Raises:
         UsageError: `root` is empty.
-        DataError: none is given, and the user has no home.
+        FilesError: none is given, and the user has no home.
     """
     if root is not None and not root.strip():
         raise UsageError("dataset.root is empty", "name a folder: dataset.root=DIR")
@@ -248,7 +249,7 @@ def data_root(root: str | None) -> Path:
         return Path(os.path.abspath(os.path.expanduser(chosen)))
     cache = user_cache()
     if cache is None:
-        raise DataError(
+        raise FilesError(
             "there is no folder for data: HOME is not set",
             "set MNIST_CLI_DATA=DIR, or type dataset=digits",
         )

@@ -20,6 +20,7 @@ from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, DatasetSpec, Split
+from mnist_cli.dataset.again import load_again
 from mnist_cli.errors import CheckpointError, MnistCliError, UsageError, one_line
 from mnist_cli.run import RunFolder
 from mnist_cli.typed import Range, known, parse
@@ -223,9 +224,7 @@ def _answers(
 ) -> tuple[Split | None, Tensor | None, str]:
     """The test split and what the checkpoint answers to it, or why there is none."""
     try:
-        data: Dataset = checkpoints.load_data(
-            found.config, found.spec, root, console, may_download=False
-        )
+        data: Dataset = load_again(found.config, found.spec, root, console, may_download=False)
     except MnistCliError as error:
         return None, None, error.message
     if data.spec.digest != found.spec.digest:
