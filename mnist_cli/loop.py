@@ -414,7 +414,8 @@ class _Profiler:
             from torch.profiler import profile
 
             self._profile = profile()
-            self._profile.start()
+            with runtime.silent_stderr():  # here it says that there is no GPU, as an error
+                self._profile.start()
         return self
 
     def advance(self, num_steps: int) -> None:
@@ -428,5 +429,6 @@ class _Profiler:
             self._write()
 
     def _write(self) -> None:
-        self._profile.stop()
-        self._profile.export_chrome_trace(str(self._path))
+        with runtime.silent_stderr():
+            self._profile.stop()
+            self._profile.export_chrome_trace(str(self._path))

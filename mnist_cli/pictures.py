@@ -15,7 +15,6 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageOps, ImageStat, UnidentifiedImageError
 from torch import Tensor
 
+from mnist_cli import runtime
 from mnist_cli.dataset import DatasetSpec
 from mnist_cli.errors import DataError, one_line
 
@@ -108,7 +108,8 @@ def decode(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow warns of what it can put up with
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.size)
-                with _silent_libtiff(image.format):
+                is_tiff = image.format == "TIFF"  # libtiff says on stderr what it dislikes
+                with runtime.silent_stderr() if is_tiff else contextlib.nullcontext():
                     image.load()
                 return _plain(ImageOps.exif_transpose(image))
     except DataError:
@@ -148,22 +149,6 @@ def prepare(image: Image.Image, spec: DatasetSpec, preprocess: Preprocess = "aut
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.array(image).reshape(height, width, channels)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-@contextlib.contextmanager
-def _silent_libtiff(kind: str | None) -> Iterator[None]:
-    """libtiff writes what it dislikes straight to file descriptor 2, past Python."""
-    if kind != "TIFF":
-        yield
-        return
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _check_size(size: tuple[int, int]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,6 +93,19 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         if mallopt(mmap_threshold, largest):
             mallopt(trim_threshold, largest)
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """In the block nothing comes out of stderr, not even what a library in C writes past Python."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def counted_seed(seed: int, purpose: str, index: int = 0) -> int:

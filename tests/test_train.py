@@ -467,8 +467,9 @@ def test_a_profile_of_the_shortest_run(mnist_cli: Program) -> None:
     assert "traceEvents" in json.loads(Path("run/trace.json").read_text())
 
 
-def test_a_profile_is_a_trace(mnist_cli: Program) -> None:
+def test_a_profile_is_a_trace(mnist_cli: Program, capfd: pytest.CaptureFixture[str]) -> None:
     assert mnist_cli("train", *DIGITS, "profile=true", "out=run", "--quiet").code == 0
+    assert capfd.readouterr() == ("", "")
     assert json.loads(Path("run/trace.json").read_text())["traceEvents"]
     plain = mnist_cli("train", *DIGITS, "out=plain", "--quiet")
     assert plain.code == 0
