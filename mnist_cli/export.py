@@ -31,6 +31,7 @@ from mnist_cli.console import Console
 from mnist_cli.dataset import DatasetSpec, Normalise, Split
 from mnist_cli.dataset.again import load_again
 from mnist_cli.errors import ParityError, UsageError
+from mnist_cli.imports import importing
 from mnist_cli.onnx_file import Answer
 from mnist_cli.options import plugin_words
 
@@ -168,8 +169,9 @@ def _to_onnx(config: ExportConfig, found: Checkpoint, model: nn.Module) -> tuple
 
 def _quantized(proto: Any) -> Any:
     """The model with int8 matrix products (onnxruntime's dynamic quantization)."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    with importing():
+        import onnx
+        from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logging.disable(logging.WARNING)  # the quantizer advises a step that changes nothing here
     try:

@@ -14,6 +14,7 @@ from mnist_cli import checkpoint as checkpoints
 from mnist_cli.config import TrainConfig
 from mnist_cli.dataset import DatasetSpec, Split
 from mnist_cli.errors import CheckpointError
+from mnist_cli.imports import importing
 from mnist_cli.options import UntypedPluginError
 from mnist_cli.scoring import BATCH_SIZE
 
@@ -36,7 +37,8 @@ def load(path: Path) -> Exported:
         CheckpointError: the file is missing, damaged, foreign, or keeps its weights elsewhere.
         UsageError: it was made with a plugin whose name was not typed.
     """
-    import onnx
+    with importing():
+        import onnx
 
     try:
         data = checkpoints.read_regular_file(path)
@@ -71,7 +73,8 @@ def _check_graph(proto: Any) -> None:
 
 def answer_of(data: bytes) -> Answer:
     """What onnxruntime says to the raw inputs of a split, in batches."""
-    import onnxruntime
+    with importing():
+        import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -24,6 +24,16 @@ def raise_them() -> None:
             signal.signal(number, _raise)
 
 
+def ignore_them() -> None:
+    """From now on they change nothing: for when all is done, and the exit code stands.
+
+    With torch Python takes a third of a second to end itself. It gives up its handlers on the way,
+    and one that came later would end the process by the signal.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _raise(number: int, frame: types.FrameType | None) -> None:
     name = signal.Signals(number).name
     raise Interrupted(number, f"interrupted by {name}", "type the command again to start over")

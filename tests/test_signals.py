@@ -217,8 +217,10 @@ STARTS = {
     "training": ("train", "dataset=digits", "epochs=100000", "--quiet"),
     "composing": ("train", "--cfg", "job"),
     "eval": ("eval", "checkpoint={run}"),
+    "report": ("report", "run={run}", "out=report"),
+    "eval of onnx": ("eval", "checkpoint={onnx}"),
 }
-LONGEST_S = {"training": 2.5, "composing": 0.4, "eval": 2.5}
+LONGEST_S = {"training": 2.5, "composing": 0.4, "eval": 2.8, "report": 3.5, "eval of onnx": 3.0}
 
 
 def catches(pid: int, number: int) -> bool:
@@ -230,13 +232,16 @@ def catches(pid: int, number: int) -> bool:
 
 @pytest.mark.torture
 def test_a_signal_at_any_instant_of_a_start_ends_it_as_promised(
-    plain: Path, tmp_path: Path
+    plain: Path, server: Server, tmp_path: Path
 ) -> None:
-    chance, count = random.Random(0), many(3, 60)
+    exporting = ["export", f"checkpoint={plain}", "format=onnx", f"out={tmp_path}"]
+    assert server.run(faults.program, exporting).code == 0
+    chance, count = random.Random(0), many(5, 100)
     for attempt in range(count):
-        kind, number = list(STARTS)[attempt % 3], STOP_SIGNALS[attempt % 2]
+        kind, number = list(STARTS)[attempt % len(STARTS)], STOP_SIGNALS[attempt % 2]
+        words = [word.format(run=plain, onnx=tmp_path / "model.onnx") for word in STARTS[kind]]
         process = subprocess.Popen(
-            [sys.executable, "-m", "mnist_cli", *(word.format(run=plain) for word in STARTS[kind])],
+            [sys.executable, "-m", "mnist_cli", *words],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(faults.ROOT)},
             stdout=subprocess.PIPE,
@@ -248,8 +253,8 @@ def test_a_signal_at_any_instant_of_a_start_ends_it_as_promised(
         time.sleep(chance.uniform(0, LONGEST_S[kind]))
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
-        if stdout:  # it was done before
-            assert stderr == ""
+        if process.returncode == 0:  # it was done before
+            assert stdout and stderr == ""
             continue
         assert process.returncode == 128 + number, stderr
         assert two_lines(stderr)[0].startswith("interrupted")

@@ -26,6 +26,7 @@ from typing import Any
 from mnist_cli import durable
 from mnist_cli.config import ReportConfig
 from mnist_cli.console import Console
+from mnist_cli.imports import importing
 from mnist_cli.run import RunFolder, unique_folder
 
 COMPARISONS = "outputs/report"
@@ -46,13 +47,12 @@ def run(config: ReportConfig, console: Console) -> dict[str, Any]:
         UsageError: two runs on different data can't be compared.
         ResourceError: the page can't be written.
     """
-    from mnist_cli.report import sweep_record
+    with importing():
+        from mnist_cli.report import compare, record, run_page, sweep_record
 
     first = Path(os.path.expanduser(config.run[0]))
     if len(config.run) == 1 and sweep_record.is_sweep(first):
         return _of_sweep(first, config, console)
-    from mnist_cli.report import compare, record, run_page
-
     loaded = [record.load(name, config.dataset.root, console) for name in config.run]
     for each in loaded:
         if each.missing:
@@ -73,7 +73,8 @@ def run(config: ReportConfig, console: Console) -> dict[str, Any]:
 
 def draw(folder: RunFolder, console: Console) -> None:
     """The page of a run that has just ended, into its folder. Raises what `run` raises."""
-    from mnist_cli.report import record, run_page
+    with importing():
+        from mnist_cli.report import record, run_page
 
     with folder.log(console):
         html = run_page.render(record.load(str(folder.path), None, console))
@@ -83,7 +84,8 @@ def draw(folder: RunFolder, console: Console) -> None:
 
 def draw_sweep(folder: Path, console: Console) -> None:
     """The page of a sweep that has just ended, into its folder. Raises what `run` raises."""
-    from mnist_cli.report import sweep_page, sweep_record
+    with importing():
+        from mnist_cli.report import sweep_page, sweep_record
 
     path = folder / "report.html"
     durable.write(path, _encoded(sweep_page.render(sweep_record.load(folder))))
@@ -91,7 +93,8 @@ def draw_sweep(folder: Path, console: Console) -> None:
 
 
 def _of_sweep(folder: Path, config: ReportConfig, console: Console) -> dict[str, Any]:
-    from mnist_cli.report import sweep_page, sweep_record
+    with importing():
+        from mnist_cli.report import sweep_page, sweep_record
 
     record = sweep_record.load(folder)
     path = (folder if config.out is None else Path(config.out)) / "report.html"

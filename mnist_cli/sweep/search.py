@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mnist_cli import durable
 from mnist_cli.config import OBJECTIVES, SweepConfig, TrainConfig
 from mnist_cli.errors import LockedError, MnistCliError, UsageError
+from mnist_cli.imports import importing
 from mnist_cli.sweep.board import Board
 from mnist_cli.sweep.job import Document, Job, failure, has_failed, placed, result_of
 from mnist_cli.sweep.space import Space, words_of
@@ -30,7 +31,8 @@ def check(settings: SweepConfig, space: Space, config: TrainConfig) -> list[str]
             installed.
     """
     try:
-        import optuna  # noqa: F401
+        with importing():
+            import optuna  # noqa: F401
     except ImportError:
         raise UsageError(
             "sweep.search=optuna needs Optuna, which isn't installed",
