@@ -24,11 +24,11 @@ from mnist_cli.errors import (
     shown,
 )
 from mnist_cli.line import Line, parse_line
-from mnist_cli.signals import ignore_them, raise_them
+from mnist_cli.signals import raise_them
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` and return its exit code, which no signal changes any more."""
+    """Run the command line `argv` and return its exit code."""
     started_s = time.monotonic()
     words = sys.argv[1:] if argv is None else argv
     _mend_streams()
@@ -64,8 +64,6 @@ def main(argv: list[str] | None = None) -> int:
         message = f"{type(error).__name__}: {one_line(str(error))}"
         console.error(message, "this is a fault of mnist-cli: please report the lines above", 1)
         return 1
-    finally:
-        ignore_them()
 
 
 def _mend_streams() -> None:

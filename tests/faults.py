@@ -289,6 +289,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Bits are only equal with equal threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def namespaces(server: Server) -> None:
     """Skips where the kernel gives no mount namespace to a plain user."""
@@ -652,10 +663,13 @@ def _warm_up() -> None:
     from mnist_cli import cli, loop
 
     real, loop.take_step = loop.take_step, lambda *arguments: 1.0
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        handlers_kept(),
+    ):
         code = cli.main([*TRAIN, f"out={folder}"])
     loop.take_step = real
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert code == 0, "the fork server can't train"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,18 +26,11 @@ from mnist_cli.loop import Job
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # A power of two, as the factors of schedule=step below: float32 and float64 hold the same number.
 LR = "optim.lr=0.0009765625"
 TINY = ("model=mlp", "model.hidden=[8]", "dataset=digits", "device=cpu", LR)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bits are only equal with equal threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class StandIn:

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import faults
@@ -32,6 +32,8 @@ from mnist_cli import checkpoint, loop, outcome, train
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.console import Console
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIMIZERS = {
     "momentum": ("optim=momentum",),
     "adamw": ("optim=adamw",),
@@ -44,15 +46,6 @@ SCHEDULES = {
     "cosine": ("schedule=cosine",),
     "onecycle": ("schedule=onecycle", "schedule.warmup_epochs=0.3"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bits are only equal with equal threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Stops:
