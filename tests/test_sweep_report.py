@@ -242,12 +242,13 @@ def test_drawing_needs_no_torch(swept: Swept) -> None:
     code = (
         "import sys; from pathlib import Path; from mnist_cli.console import Console;"
         "from mnist_cli.report import draw_sweep; draw_sweep(Path('copy'), Console(quiet=True));"
-        "sys.exit(bool({'torch', 'optuna'} & set(sys.modules)))"
+        "from mnist_cli.cli import main; code = main(['report', 'run=copy', 'out=again', '-q']);"
+        "sys.exit(code or bool({'torch', 'optuna'} & set(sys.modules)))"
     )
     copy = copy_of(swept("search"))
     (copy / "report.html").unlink()
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert (copy / "report.html").exists()
+    assert (copy / "report.html").exists() and Path("again/report.html").exists()
 
 
 # --- folders from anybody ------------------------------------------------------------------------

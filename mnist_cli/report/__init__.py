@@ -48,11 +48,14 @@ def run(config: ReportConfig, console: Console) -> dict[str, Any]:
         ResourceError: the page can't be written.
     """
     with importing():
-        from mnist_cli.report import compare, record, run_page, sweep_record
+        from mnist_cli.report import sweep_record
 
     first = Path(os.path.expanduser(config.run[0]))
     if len(config.run) == 1 and sweep_record.is_sweep(first):
         return _of_sweep(first, config, console)
+    with importing():  # torch, which the page of a sweep doesn't need
+        from mnist_cli.report import compare, record, run_page
+
     loaded = [record.load(name, config.dataset.root, console) for name in config.run]
     for each in loaded:
         if each.missing:
