@@ -213,6 +213,26 @@ def test_a_process_without_ctrl_c_stays_without_it() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+AT_THE_END = """
+import atexit, os, sys
+from mnist_cli.__main__ import program
+atexit.register(os.kill, os.getpid(), int(sys.argv.pop()))
+sys.exit(program())
+"""
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_changes_nothing_when_all_is_done(number: int) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", AT_THE_END, "list", "model", str(int(number))],
+        env=os.environ | {"PYTHONPATH": str(faults.ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "model=cnn" in ended.stdout
+
+
 STARTS = {
     "training": ("train", "dataset=digits", "epochs=100000", "--quiet"),
     "composing": ("train", "--cfg", "job"),
