@@ -43,11 +43,12 @@ CAPTURABLE = ("sgd", "momentum", "adam", "adamw", "rmsprop", "adadelta")
 @contextlib.contextmanager
 def replaying(job: Job, console: Console) -> Iterator[None]:
     """In the block `job` replays its steps, if cuda_graph=true asks for it and it can be done."""
-    reason = obstacle(job) if job.config.cuda_graph else None
-    if reason is not None:
-        console.warn(f"cuda_graph=true does nothing here: {reason}; steps are taken one by one")
-    elif job.config.cuda_graph:
-        job.replay = StepGraph(job, CaptureStream(job.device))
+    if job.config.cuda_graph:
+        reason = obstacle(job)
+        if reason is None:
+            job.replay = StepGraph(job, CaptureStream(job.device))
+        else:
+            console.warn(f"cuda_graph=true does nothing here: {reason}; steps are taken one by one")
     try:
         yield
     finally:

@@ -189,15 +189,14 @@ def lr_of(job: Job, step: int) -> float:
     return job.config.optim.lr * factor
 
 
-def set_lr(job: Job, step: int) -> float:
-    """Give the optimizer the learning rate of `step`, and return it."""
+def set_lr(job: Job, step: int) -> None:
+    """Give the optimizer the learning rate of `step`."""
     lr = lr_of(job, step)
     for group in job.optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # which a CUDA graph reads where it is
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-    return lr
 
 
 def steps_at_once(job: Job, step: int) -> int:

@@ -257,6 +257,7 @@ NO_CUDA = [
     ("train device=cuda dataset=digits", "device=cuda is not there: this machine has no CUDA"),
     ("train precision=float16 dataset=digits", "precision=float16 needs CUDA"),
     ("train precision=bfloat16 dataset=digits", "precision=bfloat16 needs CUDA"),
+    ("train precision=tf32 dataset=digits", "precision=tf32 needs CUDA"),
 ]
 
 

@@ -95,12 +95,13 @@ class Stops:
         return lrs
 
 
-def noting_lr(lrs: dict[int, float]) -> Callable[[loop.Job, int], float]:
+def noting_lr(lrs: dict[int, float]) -> Callable[[loop.Job, int], None]:
     real = loop.set_lr
 
-    def set_lr(job: loop.Job, step: int) -> float:
-        lrs[step] = real(job, step)
-        return lrs[step]
+    def set_lr(job: loop.Job, step: int) -> None:
+        real(job, step)
+        [group] = job.optimizer.param_groups
+        lrs[step] = group["lr"]
 
     return set_lr
 
