@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mnist_cli import compose, line, loop, runtime, train
-from mnist_cli.loop import Job
+from mnist_cli import compose, line, runtime, train, train_step
+from mnist_cli.job import Job
 from mnist_cli.model.dropout import Dropout
 
 ROUNDS, STEPS = 7, 60
@@ -64,7 +64,7 @@ def parts(shape: Shape, job: Job) -> dict[str, Callable[[int], object]]:
     activations = [torch.rand(rows, width) for width in shape.hidden]
 
     def whole(step: int) -> object:
-        return loop.take_step(job, indices[step], step)
+        return train_step.take_step(job, indices[step], step)
 
     def batch(step: int) -> object:
         data.targets.index_select(0, indices[step])

@@ -23,16 +23,9 @@ from torch import Tensor
 from mnist_cli import runtime
 from mnist_cli.console import Console
 from mnist_cli.errors import UsageError, is_out_of_memory, one_line
-from mnist_cli.loop import (
-    REPLAYED_STEPS,
-    Job,
-    compute_gradients,
-    diverged,
-    lr_of,
-    take_step,
-    update_weights,
-)
+from mnist_cli.job import REPLAYED_STEPS, Job
 from mnist_cli.options import PluginLossConfig, PluginModelConfig
+from mnist_cli.train_step import compute_gradients, diverged, lr_of, take_step, update_weights
 
 # Steps taken one by one before the recording: in them the libraries set themselves up, and the
 # optimizer makes its state.

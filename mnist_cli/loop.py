@@ -4,79 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnist_cli import checkpoint as checkpoints
-from mnist_cli import dataset, optim, runtime, schedule, scoring
-from mnist_cli.checkpoint import Best, Checkpoint, Progress
-from mnist_cli.config import TrainConfig, save_every_s
+from mnist_cli import runtime, scoring
+from mnist_cli.checkpoint import Best, Progress
+from mnist_cli.config import save_every_s
 from mnist_cli.console import Console
-from mnist_cli.dataset import Dataset, Normalise
-from mnist_cli.errors import DivergedError, Interrupted, PrunedError
-from mnist_cli.loss import Loss
+from mnist_cli.errors import Interrupted, PrunedError
+from mnist_cli.job import REPLAYED_STEPS, Job
 from mnist_cli.options import plugin_words
+from mnist_cli.profiler import Profiler
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
+from mnist_cli.train_step import check_weights, diverged, lr_of, take_steps
 
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-PROFILED_STEPS = 20
-REPLAYED_STEPS = 50  # how many are replayed between two looks at losses, signals and the clock
-
-Replay = Callable[[Sequence[Tensor], int], list[float]]
 ShouldStop = Callable[[int, float | None], bool]
 Log = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class Job:
-    """All that a run works with.
-
-    Attributes:
-        forward: the model, compiled where that was asked for.
-        replay: takes steps as `take_steps` does, out of a CUDA graph; None where there is none.
-    """
-
-    config: TrainConfig
-    device: torch.device
-    data: Dataset
-    normalise: Normalise
-    model: nn.Module
-    forward: nn.Module
-    loss: Loss
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    progress: Progress
-    times: dict[str, float]
-    replay: Replay | None = None
-
-    @functools.cached_property
-    def parameters(self) -> list[nn.Parameter]:
-        """Those of the model: to find them takes longer than to do something to each."""
-        return list(self.model.parameters())
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.data.train) / (self.config.batch_size * self.config.grad_accum))
-
-    def checkpoint(self) -> Checkpoint:
-        return Checkpoint(
-            config=self.config,
-            spec=self.data.spec,
-            progress=self.progress,
-            host=runtime.Host.of(self.device),
-            model=self.model.state_dict(),
-            optim=optim.state_tensors(self.optimizer, self.model),
-        )
 
 
 def never(epoch: int, value: float | None) -> bool:
@@ -102,10 +53,10 @@ def fit(
     Raises:
         PrunedError: `should_stop` said so.
     """
-    config, train, val = job.config, job.data.train, job.data.val
+    config, train = job.config, job.data.train
     clock = SaveClock(config.save_every)
     step, loss_sum, epoch_s = job.progress.step, job.progress.loss_sum, job.progress.epoch_s
-    with console.bar() as bar, _Profiler(job, folder) as profiler:
+    with console.bar() as bar, Profiler(folder.trace if config.profile else None) as profiler:
         while not is_over(job):
             epoch, position = divmod(step, job.steps_per_epoch)
             order = runtime.permutation(config.seed, epoch, len(train)).to(job.device)
@@ -132,16 +83,9 @@ def fit(
             job.progress = _advance(job, step, 0.0, 0.0, train_s=job.progress.train_s + epoch_s)
 
             with timed(job.times, "eval_s"):
-                scores = score(job, val, step)
-            row = {
-                "epoch": epoch + 1,
-                "step": step,
-                "lr": lr_of(job, step - 1),
-                "train_loss": loss_sum / len(train),
-                **scores,
-                "seconds": epoch_s,
-                "samples_per_s": len(train) / epoch_s,
-            }
+                outputs = scoring.answers(job.model, job.data.spec, job.data.val)
+                scores = score(job, outputs)
+            row = row_of(job, loss_sum, epoch_s, scores)
             keep(job, folder, row, console)
             clock.saved()
             log(row)
@@ -150,6 +94,38 @@ def fit(
             if should_stop(epoch + 1, scores[config.monitored]):
                 raise PrunedError(epoch + 1, folder.path)
     return end(job, folder)
+
+
+def score(job: Job, outputs: Tensor) -> dict[str, float | None]:
+    """Loss and accuracy (or mse) on the validation split; None where there is no such split.
+
+    Args:
+        outputs: what the model answers there, (N, C) float32.
+    """
+    val, spec = job.data.val, job.data.spec
+    if not len(val):
+        metric = "accuracy" if spec.task == "classification" else "mse"
+        return {"val_loss": None, f"val_{metric}": None}
+    scores = scoring.summary(outputs, val, spec, job.loss)
+    if not math.isfinite(scores["loss"]):
+        raise diverged(job, "validation loss", scores["loss"], job.progress.step - 1)
+    return {f"val_{name}": value for name, value in scores.items()}
+
+
+def row_of(
+    job: Job, loss_sum: float, epoch_s: float, scores: dict[str, float | None]
+) -> dict[str, Any]:
+    """The row of metrics.csv for the epoch that `job` has just done."""
+    step, num_rows = job.progress.step, len(job.data.train)
+    return {
+        "epoch": step // job.steps_per_epoch,
+        "step": step,
+        "lr": lr_of(job, step - 1),
+        "train_loss": loss_sum / num_rows,
+        **scores,
+        "seconds": epoch_s,
+        "samples_per_s": num_rows / epoch_s,
+    }
 
 
 def keep(job: Job, folder: RunFolder, row: dict[str, Any], console: Console) -> None:
@@ -182,120 +158,12 @@ def is_out_of_patience(job: Job) -> bool:
     return patience is not None and job.progress.stale_epochs >= patience
 
 
-def lr_of(job: Job, step: int) -> float:
-    """The learning rate of `step`, counted from 0."""
-    total_steps = job.config.epochs * job.steps_per_epoch
-    factor = schedule.lr_factor(job.config.schedule, step, job.steps_per_epoch, total_steps)
-    return job.config.optim.lr * factor
-
-
-def set_lr(job: Job, step: int) -> None:
-    """Give the optimizer the learning rate of `step`."""
-    lr = lr_of(job, step)
-    for group in job.optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # which a CUDA graph reads where it is
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
 def steps_at_once(job: Job, step: int) -> int:
     """How many steps from `step` on may be taken before losses, signals and the clock are seen."""
     if job.replay is None:
         return 1
     every = job.config.save_every
     return min(REPLAYED_STEPS, every - step % every) if isinstance(every, int) else REPLAYED_STEPS
-
-
-def take_steps(job: Job, batches: Sequence[Tensor], step: int) -> list[float]:
-    """As `take_step`, on one batch after the other; the losses of all."""
-    if job.replay is not None:
-        return job.replay(batches, step)
-    return [take_step(job, indices, number) for number, indices in enumerate(batches, step)]
-
-
-def take_step(job: Job, indices: Tensor, step: int) -> float:
-    """One optimizer step on the samples `indices`, (grad_accum * batch_size,) int64.
-
-    Returns:
-        The mean loss of the samples, before the step.
-
-    Raises:
-        DivergedError: the loss, or the gradient of the step before, is not finite.
-    """
-    set_lr(job, step)
-    runtime.reseed(job.device, runtime.counted_seed(job.config.seed, "step", step))
-    loss = sum(part.item() for part in compute_gradients(job, indices))
-    if not math.isfinite(loss):
-        check_weights(job, step - 1)
-        raise diverged(job, "loss", loss, step)
-    update_weights(job)
-    return loss
-
-
-def compute_gradients(job: Job, indices: Tensor) -> list[Tensor]:
-    """Compute the gradient of the mean loss of the samples `indices`.
-
-    Returns:
-        The part of each batch in that loss, () float32: they add up to it.
-    """
-    config, train = job.config, job.data.train
-    for parameter in job.parameters:
-        parameter.grad = None
-    parts = []
-    with runtime.tf32() if config.precision == "tf32" else contextlib.nullcontext():
-        for batch in indices.split(config.batch_size):
-            # Not inputs[batch]: that takes ten times as long on the CPU.
-            inputs = job.normalise(train.inputs.index_select(0, batch))
-            with _autocast(job):
-                outputs = job.forward(inputs)
-            loss = job.loss(outputs.float(), train.targets.index_select(0, batch))
-            if len(batch) < len(indices):
-                loss = loss * (len(batch) / len(indices))
-            job.scaler.scale(loss).backward()
-            parts.append(loss)
-    return parts
-
-
-def update_weights(job: Job) -> None:
-    """Take the optimizer's step with the gradients that are there."""
-    if job.config.grad_clip is not None:
-        job.scaler.unscale_(job.optimizer)
-        torch.nn.utils.clip_grad_norm_(job.parameters, job.config.grad_clip)
-    job.scaler.step(job.optimizer)
-    job.scaler.update()
-
-
-def check_weights(job: Job, step: int) -> None:
-    """Raise DivergedError if `step` (counted from 0) left weights that are not finite.
-
-    A gradient that is not finite shows here. Looking at each gradient would cost 3 % of a step, so
-    the weights are looked at when a loss is not finite, and before every checkpoint.
-    """
-    if not all(torch.isfinite(weights).all() for weights in job.parameters):
-        raise diverged(job, "gradient", math.nan, step)
-
-
-def diverged(job: Job, what: str, value: float, step: int) -> DivergedError:
-    """The error for `what` not being finite at `step`, counted from 0."""
-    clip = " or grad_clip=1" if job.config.grad_clip is None else ""
-    return DivergedError(
-        f"training diverged: the {what} is {value} at step {step + 1},"
-        f" with learning rate {lr_of(job, step):g}",
-        f"type a smaller learning rate (optim.lr={job.config.optim.lr / 10:.1g}){clip}",
-    )
-
-
-def score(job: Job, val: dataset.Split, step: int) -> dict[str, float | None]:
-    """Loss and accuracy (or mse) on the validation split; None where there is no such split."""
-    metric = "accuracy" if job.data.spec.task == "classification" else "mse"
-    if not len(val):
-        return {"val_loss": None, f"val_{metric}": None}
-    outputs = scoring.answers(job.model, job.data.spec, val)
-    scores = scoring.summary(outputs, val, job.data.spec, job.loss)
-    if not math.isfinite(scores["loss"]):
-        raise diverged(job, "validation loss", scores["loss"], step - 1)
-    return {f"val_{name}": value for name, value in scores.items()}
 
 
 def select(job: Job, epoch: int, scores: dict[str, float | None]) -> bool:
@@ -387,11 +255,6 @@ def stop_if_asked(signals: SignalWatch, job: Job, folder: RunFolder) -> None:
         )
 
 
-def _autocast(job: Job) -> contextlib.AbstractContextManager[None]:
-    dtype = AUTOCAST.get(job.config.precision)
-    return torch.autocast(job.device.type, dtype) if dtype else contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def timed(times: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
@@ -399,35 +262,3 @@ def timed(times: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         times[name] = times.get(name, 0.0) + time.perf_counter() - started
-
-
-class _Profiler:
-    """With profile=true: a trace of the first steps, for chrome://tracing or ui.perfetto.dev."""
-
-    def __init__(self, job: Job, folder: RunFolder) -> None:
-        self._path = folder.path / "trace.json"
-        self._left = PROFILED_STEPS if job.config.profile else 0
-
-    def __enter__(self) -> _Profiler:
-        if self._left:
-            from torch.profiler import profile
-
-            self._profile = profile()
-            with runtime.silent_stderr():  # here it says that there is no GPU, as an error
-                self._profile.start()
-        return self
-
-    def advance(self, num_steps: int) -> None:
-        if self._left:
-            self._left = max(0, self._left - num_steps)
-            if not self._left:
-                self._write()
-
-    def __exit__(self, *error: object) -> None:
-        if self._left:
-            self._write()
-
-    def _write(self) -> None:
-        with runtime.silent_stderr():
-            self._profile.stop()
-            self._profile.export_chrome_trace(str(self._path))

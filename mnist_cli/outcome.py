@@ -30,13 +30,15 @@ from mnist_cli.errors import (
     is_out_of_memory,
     one_line,
 )
+from mnist_cli.job import Job
 from mnist_cli.logger import Finished
-from mnist_cli.loop import Job, diverged, save, stop_if_asked, timed
+from mnist_cli.loop import save, stop_if_asked, timed
 from mnist_cli.model import num_params
 from mnist_cli.options import LinearModelConfig, plugin_words
 from mnist_cli.plugin_code import plugin_at_fault
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
+from mnist_cli.train_step import diverged
 
 
 @dataclass(frozen=True, eq=False)

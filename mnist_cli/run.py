@@ -67,6 +67,10 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace.json"
+
     def has_report(self) -> bool:
         """Whether there is a page about the result as it stands."""
         try:

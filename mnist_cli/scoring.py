@@ -29,7 +29,10 @@ def answers(model: nn.Module, spec: DatasetSpec, split: Split) -> Tensor:
 
 def answers_of_all(models: Sequence[nn.Module], spec: DatasetSpec, split: Split) -> list[Tensor]:
     """As `answers`, for models that share the cost of preparing the inputs."""
-    normalise = Normalise(spec).to(split.inputs.device)
+    device = split.inputs.device
+    if not len(split):  # which not every model can be asked about
+        return [torch.empty(0, spec.num_outputs, device=device) for _ in models]
+    normalise = Normalise(spec).to(device)
     batches: list[list[Tensor]] = [[] for _ in models]
     with torch.inference_mode():
         for raw in split.inputs.split(BATCH_SIZE):

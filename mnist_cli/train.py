@@ -1,6 +1,7 @@
 """The command `train`: one run, from a configuration to a selected and tested model.
 
-Read `run` for the order of things, `loop.py` for the loop, and `outcome.py` for what it leaves.
+Read `run` for the order of things, `loop.py` for the loop, `train_step.py` for a step in it, and
+`outcome.py` for what is left in the end.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, Normalise
 from mnist_cli.errors import DataError, UsageError
+from mnist_cli.job import Job
 from mnist_cli.logger import Loggers
-from mnist_cli.loop import Job, ShouldStop, fit, is_over, lr_of, never, timed
+from mnist_cli.loop import ShouldStop, fit, is_over, never, timed
 from mnist_cli.loss import build_loss
 from mnist_cli.model import build_model
 from mnist_cli.options import (
@@ -32,6 +34,7 @@ from mnist_cli.options import (
 from mnist_cli.outcome import Run
 from mnist_cli.plugin_code import code_of_plugin
 from mnist_cli.signals import SignalWatch
+from mnist_cli.train_step import lr_of
 
 RUNS = "outputs/train"
 

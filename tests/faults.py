@@ -511,17 +511,17 @@ def program_on_small_disk(words: list[str], folder: str, kibibytes: int) -> dict
 
 def program_on_read_only(words: list[str], folder: str, step: int) -> dict[str, Any]:
     """The program, with `folder` read-only from `step` on."""
-    from mnist_cli import cli, loop
+    from mnist_cli import cli, train_step
 
     enter_namespace()
-    real = loop.take_step
+    real = train_step.take_step
 
     def take_step(job: Any, indices: Any, number: int) -> float:
         if number == step:
             _make_read_only(folder)
         return real(job, indices, number)
 
-    loop.take_step = take_step
+    train_step.take_step = take_step
     if step == 0:
         _make_read_only(folder)
     return {"code": cli.main(words), **_left_in(Path(folder))}
@@ -531,16 +531,16 @@ def program_without_folder(words: list[str], folder: str, step: int) -> int:
     """The program, whose `folder` is removed at `step`."""
     import shutil
 
-    from mnist_cli import cli, loop
+    from mnist_cli import cli, train_step
 
-    real = loop.take_step
+    real = train_step.take_step
 
     def take_step(job: Any, indices: Any, number: int) -> float:
         if number == step:
             shutil.rmtree(folder)
         return real(job, indices, number)
 
-    loop.take_step = take_step
+    train_step.take_step = take_step
     return cli.main(words)
 
 
@@ -660,16 +660,16 @@ def serve() -> None:
 
 def _warm_up() -> None:
     """Import and fill all that is lazy. No step is taken: after a backward pass no child may."""
-    from mnist_cli import cli, loop
+    from mnist_cli import cli, train_step
 
-    real, loop.take_step = loop.take_step, lambda *arguments: 1.0
+    real, train_step.take_step = train_step.take_step, lambda *arguments: 1.0
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
         handlers_kept(),
     ):
         code = cli.main([*TRAIN, f"out={folder}"])
-    loop.take_step = real
+    train_step.take_step = real
     assert code == 0, "the fork server can't train"
 
 

@@ -19,10 +19,10 @@ from faults import TRAIN, Ended, here, outcome_of, state_of, two_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnist_cli import checkpoint, compose, cuda_graph, line, loop, train
+from mnist_cli import checkpoint, compose, cuda_graph, line, loop, runtime, train, train_step
 from mnist_cli.cuda_graph import CAPTURABLE, WARM_UP_STEPS, StepGraph
 from mnist_cli.dataset import Dataset, Split
-from mnist_cli.loop import Job
+from mnist_cli.job import Job
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
 
@@ -61,7 +61,7 @@ def job_of(*words: str) -> Job:
 
 
 def batches_of(job: Job, epoch: int = 0) -> list[torch.Tensor]:
-    order = loop.runtime.permutation(job.config.seed, epoch, len(job.data.train))
+    order = runtime.permutation(job.config.seed, epoch, len(job.data.train))
     return list(order.split(job.config.batch_size * job.config.grad_accum))
 
 
@@ -109,8 +109,10 @@ def test_law_replayed_steps_are_steps(
     step, batches = 0, batches_of(alone)
     while step < len(batches) and cuts:
         some = batches[step : step + cuts.pop()]
-        expected = [loop.take_step(alone, indices, step + n) for n, indices in enumerate(some)]
-        assert loop.take_steps(replayed, some, step) == pytest.approx(expected, rel=1e-6)
+        expected = [
+            train_step.take_step(alone, indices, step + n) for n, indices in enumerate(some)
+        ]
+        assert train_step.take_steps(replayed, some, step) == pytest.approx(expected, rel=1e-6)
         step += len(some)
     assert_equal(alone, replayed)
     num_full = sum(len(indices) == len(batches[0]) for indices in batches[:step])
@@ -243,7 +245,7 @@ def test_gradients_stay_on_the_device(model: str, loss: str) -> None:
     job.normalise.to("meta")
     job.model.to("meta")
     indices = torch.empty(100, dtype=torch.int64, device="meta")
-    parts = loop.compute_gradients(job, indices)
+    parts = train_step.compute_gradients(job, indices)
     assert [(part.shape, part.device.type) for part in parts] == [(torch.Size(), "meta")] * 2
     assert all(parameter.grad is not None for parameter in job.parameters)
     torch.nn.utils.clip_grad_norm_(job.parameters, 1.0)

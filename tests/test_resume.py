@@ -28,9 +28,10 @@ from faults import (
     two_lines,
 )
 
-from mnist_cli import checkpoint, loop, outcome, train
+from mnist_cli import checkpoint, loop, outcome, train, train_step
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.console import Console
+from mnist_cli.job import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,16 +58,14 @@ class Stops:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "save", self._noting_save(loop.save))
             patch.setattr(outcome, "save", loop.save)
-            patch.setattr(loop, "set_lr", noting_lr(self.lrs))
+            patch.setattr(train_step, "set_lr", noting_lr(self.lrs))
             patch.setattr(os, "fsync", lambda descriptor: None)  # no power cut here, but in a hurry
             ended = here(*TRAIN, *words, "save_every=1", f"out={self.folder}", "--quiet")
         assert (ended.code, ended.stderr) == (0, "")
         self.outcome = outcome_of(self.folder)
 
-    def _noting_save(
-        self, real: Callable[[loop.Job, Path], None]
-    ) -> Callable[[loop.Job, Path], None]:
-        def save(job: loop.Job, path: Path) -> None:
+    def _noting_save(self, real: Callable[[Job, Path], None]) -> Callable[[Job, Path], None]:
+        def save(job: Job, path: Path) -> None:
             real(job, path)
             if path.name == "last.safetensors":
                 target = self._snapshots / str(job.progress.step)
@@ -87,7 +86,7 @@ class Stops:
         lrs: dict[int, float] = {}
         config = checkpoint.load(folder / "last.safetensors").config
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "set_lr", noting_lr(lrs))
+            patch.setattr(train_step, "set_lr", noting_lr(lrs))
             patch.setattr(os, "fsync", lambda descriptor: None)
             train.run(
                 dataclasses.replace(config, resume=str(folder), out=None), Console(quiet=True)
@@ -95,10 +94,10 @@ class Stops:
         return lrs
 
 
-def noting_lr(lrs: dict[int, float]) -> Callable[[loop.Job, int], None]:
-    real = loop.set_lr
+def noting_lr(lrs: dict[int, float]) -> Callable[[Job, int], None]:
+    real = train_step.set_lr
 
-    def set_lr(job: loop.Job, step: int) -> None:
+    def set_lr(job: Job, step: int) -> None:
         real(job, step)
         [group] = job.optimizer.param_groups
         lrs[step] = group["lr"]
@@ -543,9 +542,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
 ) -> None:
     """The loss is finite, and one number of the gradient is not, at step 35 only."""
     folder = tmp_path / "run"
-    real = loop.take_step
+    real = train_step.take_step
 
-    def take_step(job: loop.Job, indices: torch.Tensor, step: int) -> float:
+    def take_step(job: Job, indices: torch.Tensor, step: int) -> float:
         parameter = next(job.model.parameters())
         hook = parameter.register_hook(lambda gradient: gradient * number) if step == 34 else None
         loss = real(job, indices, step)
@@ -553,7 +552,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
             hook.remove()
         return loss
 
-    monkeypatch.setattr(loop, "take_step", take_step)
+    monkeypatch.setattr(train_step, "take_step", take_step)
     ended = here(*TRAIN, f"out={folder}", "--quiet")
     assert ended.code == 5
     assert "the gradient is nan at step 35, with learning rate 0.001" in two_lines(ended.stderr)[0]
@@ -566,15 +565,15 @@ def test_gradients_too_large_to_square_never_spoil_a_checkpoint(
 ) -> None:
     """Their squares overflow in the optimizer's state while the weights stay finite."""
     folder = tmp_path / "run"
-    real = loop.take_step
+    real = train_step.take_step
 
-    def take_step(job: loop.Job, indices: torch.Tensor, step: int) -> float:
+    def take_step(job: Job, indices: torch.Tensor, step: int) -> float:
         for parameter in job.model.parameters():
             if step == 34 and not parameter._backward_hooks:
                 parameter.register_hook(lambda gradient: gradient * 1e25)
         return real(job, indices, step)
 
-    monkeypatch.setattr(loop, "take_step", take_step)
+    monkeypatch.setattr(train_step, "take_step", take_step)
     ended = here(*TRAIN, f"optim={optim}", f"out={folder}", "--quiet")
     assert ended.code in (0, 5)
     for path in folder.glob("*.safetensors"):
@@ -606,14 +605,14 @@ def test_too_little_memory_is_one_line(
 
 def test_too_little_gpu_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What CUDA raises, at a step; there is no GPU here to fill."""
-    real = loop.take_step
+    real = train_step.take_step
 
-    def take_step(job: loop.Job, indices: torch.Tensor, step: int) -> float:
+    def take_step(job: Job, indices: torch.Tensor, step: int) -> float:
         if step == 34:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(job, indices, step)
 
-    monkeypatch.setattr(loop, "take_step", take_step)
+    monkeypatch.setattr(train_step, "take_step", take_step)
     folder = tmp_path / "run"
     ended = here(*TRAIN, f"out={folder}", "--quiet")
     assert ended.code == 6

@@ -157,8 +157,10 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "completion": {"line"},
     },
     "commands": {
-        "train": {"outcome", "loop", "logger", "cuda_graph"}, "outcome": {"loop", "logger"},
-        "loop": set(), "stacked": {"loop"}, "cuda_graph": {"loop"}, "logger": {"export"},
+        "train": {"job", "train_step", "loop", "cuda_graph", "outcome", "logger"}, "job": set(),
+        "train_step": {"job"}, "loop": {"job", "train_step"}, "cuda_graph": {"job", "train_step"},
+        "stacked": {"job", "train_step", "loop"},
+        "outcome": {"job", "train_step", "loop", "logger"}, "logger": {"export"},
         "evaluate": {"trained"}, "export": {"onnx_file"}, "onnx_file": set(),
         "trained": {"onnx_file"}, "predict": {"trained"}, "demo": {"trained"},
         "sweep": {"train", "outcome", "loop", "stacked"}, "report": {"sweep"},
@@ -174,8 +176,8 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "__init__": set(), "conf": set(), "config": {"errors", "typed", "options"}, "errors": set(),
         "imports": {"signals"},
         "options": {"errors", "typed"}, "plugin_code": {"errors", "options"},
-        "console": {"errors"}, "runtime": {"errors"}, "signals": {"errors"}, "strict_json": set(),
-        "typed": {"errors"}, "durable": {"errors"},
+        "console": {"errors"}, "runtime": {"errors"}, "profiler": {"runtime"},
+        "signals": {"errors"}, "strict_json": set(), "typed": {"errors"}, "durable": {"errors"},
     },
 }  # fmt: skip
 ORDER = list(LAYERS)

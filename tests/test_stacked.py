@@ -23,8 +23,8 @@ from torch import Tensor
 from mnist_cli import checkpoint, compose, loop, runtime, train
 from mnist_cli.config import TrainConfig, train_config
 from mnist_cli.errors import DivergedError
+from mnist_cli.job import Job
 from mnist_cli.line import parse_line
-from mnist_cli.loop import Job
 from mnist_cli.loss import build_loss
 from mnist_cli.model.linear import Linear
 from mnist_cli.model.mlp import Mlp

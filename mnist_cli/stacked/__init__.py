@@ -24,9 +24,10 @@ from torch import Tensor
 
 from mnist_cli import loop, runtime, scoring
 from mnist_cli.errors import DivergedError
-from mnist_cli.loop import Job
+from mnist_cli.job import Job
 from mnist_cli.signals import SignalWatch
 from mnist_cli.stacked.stack import Stack
+from mnist_cli.train_step import check_weights, diverged
 
 __all__ = ["Member", "rounds"]
 
@@ -107,7 +108,7 @@ def _train_epoch(members: Sequence[Member], signals: SignalWatch) -> None:
             break
     _share_time(running, since_s)
     if running and position == num_steps:
-        _end_epoch(running, epoch + 1, step)
+        _end_epoch(running, step)
         return
     for member in running:
         member.job.progress = dataclasses.replace(
@@ -126,35 +127,27 @@ def _share_time(members: Sequence[Member], since_s: float) -> float:
 def _divergence(job: Job, loss: float, step: int) -> DivergedError:
     """The error of a job whose loss is not finite at `step`."""
     try:
-        loop.check_weights(job, step - 1)
+        check_weights(job, step - 1)
     except DivergedError as error:
         return error
-    return loop.diverged(job, "loss", loss, step)
+    return diverged(job, "loss", loss, step)
 
 
-def _end_epoch(members: Sequence[Member], epoch: int, step: int) -> None:
+def _end_epoch(members: Sequence[Member], step: int) -> None:
     """Measure the members on their validation splits, and give them the rows of the epoch."""
     since_s, outputs = time.perf_counter(), _answers([member.job for member in members])
     for member, own in zip(members, outputs, strict=True):
-        job, data, epoch_s = member.job, member.job.data, member.epoch_s
+        job, epoch_s = member.job, member.epoch_s
         train_s = job.progress.train_s + epoch_s
         job.progress = dataclasses.replace(
             job.progress, step=step, loss_sum=0.0, epoch_s=0.0, train_s=train_s
         )
         try:
-            scores = _scores(job, own, step)
+            scores = loop.score(job, own)
         except DivergedError as error:
             member.error = error
             continue
-        member.row = {
-            "epoch": epoch,
-            "step": step,
-            "lr": loop.lr_of(job, step - 1),
-            "train_loss": member.loss_sum / len(data.train),
-            **scores,
-            "seconds": epoch_s,
-            "samples_per_s": len(data.train) / epoch_s,
-        }
+        member.row = loop.row_of(job, member.loss_sum, epoch_s, scores)
         member.loss_sum = member.epoch_s = 0.0
     eval_s = (time.perf_counter() - since_s) / len(members)
     for member in members:
@@ -169,14 +162,3 @@ def _answers(jobs: Sequence[Job]) -> list[Tensor]:
         models = [job.model for job in own]
         outputs += scoring.answers_of_all(models, own[0].data.spec, own[0].data.val)
     return outputs
-
-
-def _scores(job: Job, outputs: Tensor, step: int) -> dict[str, float | None]:
-    """As `loop.score`, of outputs that are there already."""
-    if not len(job.data.val):
-        metric = "accuracy" if job.data.spec.task == "classification" else "mse"
-        return {"val_loss": None, f"val_{metric}": None}
-    scores = scoring.summary(outputs, job.data.val, job.data.spec, job.loss)
-    if not math.isfinite(scores["loss"]):
-        raise loop.diverged(job, "validation loss", scores["loss"], step - 1)
-    return {f"val_{name}": value for name, value in scores.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mnist_cli import runtime, schedule
-from mnist_cli.loop import Job
+from mnist_cli.job import Job
 from mnist_cli.model.linear import Linear
 from mnist_cli.model.mlp import Mlp
 from mnist_cli.options import ScheduleConfig
@@ -105,7 +105,7 @@ class Stack:
 
 
 def _learning_rates(jobs: Sequence[Job], steps: range) -> Tensor:
-    """As `loop.lr_of`: (steps, K) float64. Jobs of one schedule share the work."""
+    """As `train_step.lr_of`: (steps, K) float64. Jobs of one schedule share the work."""
     factors: dict[tuple[ScheduleConfig, int], Tensor] = {}
     for job in jobs:
         config, per_epoch = job.config, job.steps_per_epoch
