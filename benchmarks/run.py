@@ -7,10 +7,10 @@ would need at the rate of a large matrix product, measured before and after, ove
 the loop. A row whose accuracy is more than 0.1 points below the peer's is void.
 
     python benchmarks/run.py [--pairs 3] [--only mlp] [--data DIR] [--peers-python .venv-peers/...]
-        [--examples DIR] [--template DIR]
+        [--examples DIR] [--template DIR] [--gpu cuda]
 
 Rows are kept in outputs/bench/ as they come, so that a part can be measured again; RESULTS.md shows
-the newest of each. Peers that aren't there are left out.
+the newest of each. Peers that aren't there are left out, as is the part about a GPU without CUDA.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cuda
 import sweeps
 import torch
 from measure import HERE, Run, ratios, spread_of, timed, told, unpack
 
 ROWS = HERE.parent / "outputs" / "bench"
 INSTALLED = ("textbook", "strong", "scikit-learn")  # with .venv; the others have their own
-PARTS = ("products", "optimizer", "batch", "dropout")  # of a step, see step.py
+PARTS = ("products", "optimizer", "activations", "batch", "dropout")  # of a step, see step.py
 EXAMPLES, TEMPLATE = "pytorch/examples", "lightning-hydra-template"
 
 
@@ -86,6 +87,11 @@ def main() -> None:
     parser.add_argument("--peers-python", help="a Python with benchmarks/requirements.txt")
     parser.add_argument("--examples", help="a checkout of pytorch/examples")
     parser.add_argument("--template", help="a checkout of ashleve/lightning-hydra-template")
+    parser.add_argument(
+        "--gpu",
+        default="cuda" if torch.cuda.is_available() else None,
+        help="the device for the part about a GPU; cpu to see that it runs",
+    )
     options = parser.parse_args()
     if not options.data:
         sys.exit("error: no data\nhint: set MNIST_CLI_DATA to a folder with MNIST's four files")
@@ -106,6 +112,10 @@ def main() -> None:
                 keep("step", row["work"], row)
         for row in sweeps.rows(options.pairs, options.only, options.data, bench.data):
             keep("sweep", row["name"], row)
+        if options.gpu:
+            given = (options.gpu, options.pairs, options.only, options.data, bench.data)
+            for row in cuda.rows(*given):
+                keep("cuda", row["name"], row)
     text = report()
     print(text)
     (HERE / "RESULTS.md").write_text(text)
@@ -312,11 +322,11 @@ def kept(section: str) -> list[dict[str, Any]]:
 
 def report() -> str:
     """All rows as Markdown."""
-    sections = ("training", "step", "eval", "process", "sweep")
-    training, steps, evaluation, processes, swept = (kept(name) for name in sections)
+    sections = ("training", "step", "eval", "process", "sweep", "cuda")
+    training, steps, evaluation, processes, swept, on_gpu = (kept(name) for name in sections)
     order = [(work.name, peer) for work in WORKS for peer in work.peers]
     training.sort(key=lambda row: order.index((row["work"], row["peer"])))
-    rows = [*training, *steps, *evaluation, *processes, *swept]
+    rows = [*training, *steps, *evaluation, *processes, *swept, *on_gpu]
     dates = sorted({row["date"] for row in rows})
     versions = "; ".join(sorted({row["versions"] for row in rows}))
     threads = "/".join(sorted({str(row["threads"]) for row in rows}))
@@ -354,8 +364,9 @@ def report() -> str:
         "Each part alone, as a share of the step: what is left goes to autograd, torch's dispatcher"
         " and Python, and to what the parts lose beside each other.",
         "",
-        "| work | a step | matrix products | optimizer | gather, normalise | dropout | the rest |",
-        "|---|---|---|---|---|---|---|",
+        "| work | a step | products, convolutions | optimizer | ReLU, pooling | gather, normalise"
+        " | dropout | the rest |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in steps:
         shares = [row[name] / row["whole"] for name in PARTS]
@@ -391,6 +402,7 @@ def report() -> str:
         else:
             cells = [row["name"], shown(row["wall"]), shown(row["loop"]) if row["loop"] else ""]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += cuda.report(on_gpu)
     return "\n".join(lines) + "\n"
 
 

@@ -9,114 +9,128 @@ autograd, torch's dispatcher and Python take, and what the parts lose in each ot
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_cli import compose, line, runtime, train, train_step
 from mnist_cli.job import Job
 from mnist_cli.model.dropout import Dropout
 
 ROUNDS, STEPS = 7, 60
-DROPOUT = 0.2
+MLP = ("model=mlp", "model.hidden=[512,256]", "model.dropout=0.2", "optim=adam")
+WORKS = {
+    "linear, batch 128": ("model=linear", "optim=adam", "batch_size=128"),
+    "mlp, Adam, batch 64": (*MLP, "batch_size=64"),
+    "mlp, Adam, batch 256": (*MLP, "batch_size=256"),
+    "cnn, Adam, batch 64": ("model=cnn", "optim=adam", "batch_size=64"),
+    "cnn_dropout, Adadelta, batch 64": ("model=cnn_dropout", "optim=adadelta", "batch_size=64"),
+}
+PRODUCTS = ("addmm", "mm", "convolution", "convolution_backward")
+ACTIVATIONS = (
+    "relu", "threshold_backward", "max_pool2d_with_indices", "max_pool2d_with_indices_backward",
+)  # fmt: skip
+
+Call = Callable[[], object]
 
 
-class Shape(NamedTuple):
-    """A stack of linear layers, trained with Adam on MNIST."""
-
-    name: str
-    hidden: tuple[int, ...]
-    batch_size: int
-
-
-SHAPES = (
-    Shape("linear, batch 128", (), 128),
-    Shape("mlp, Adam, batch 64", (512, 256), 64),
-    Shape("mlp, Adam, batch 256", (512, 256), 256),
-)
-
-
-def prepared(shape: Shape) -> Job:
+def prepared(words: tuple[str, ...]) -> Job:
     """The job that `train` would run."""
-    hidden = ",".join(map(str, shape.hidden))
-    model = [f"model.hidden=[{hidden}]", f"model.dropout={DROPOUT}"] if hidden else []
-    typed = line.parse_line([
-        "train", f"model={'mlp' if hidden else 'linear'}", *model, "optim=adam",
-        f"batch_size={shape.batch_size}", "device=cpu",
-    ])  # fmt: skip
+    typed = line.parse_line(["train", *words, "device=cpu"])
     runtime.set_up_cpu()
     with compose.initialized(typed):
         config = compose.checked(typed, compose.compose(typed, typed.overrides))
     return train.prepare(config, None, time.monotonic())
 
 
-def parts(shape: Shape, job: Job) -> dict[str, Callable[[int], object]]:
+def parts(job: Job) -> dict[str, Callable[[int], object]]:
     """The whole step and each part of it, as functions of the step's number."""
-    rows, data = shape.batch_size, job.data.train
-    indices = torch.randperm(len(data)).split(rows)[:STEPS]
-    products = list(matrix_products(shape))
-    dropout = Dropout(DROPOUT)
-    activations = [torch.rand(rows, width) for width in shape.hidden]
+    train, rows = job.data.train, job.config.batch_size
+    indices = torch.randperm(len(train)).split(rows)[:STEPS]
+    job.model.train()
+    operations, dropped = recorded(job, indices[0])
 
     def whole(step: int) -> object:
         return train_step.take_step(job, indices[step], step)
 
     def batch(step: int) -> object:
-        data.targets.index_select(0, indices[step])
-        return job.normalise(data.inputs.index_select(0, indices[step]))
+        train.targets.index_select(0, indices[step])
+        return job.normalise(train.inputs.index_select(0, indices[step]))
 
+    def those(names: tuple[str, ...]) -> list[Call]:
+        return [call for name, call in operations if name in names]
+
+    products, activations = those(PRODUCTS), those(ACTIVATIONS)
     return {
         "whole": whole,
-        "products": lambda step: [torch.mm(a, b, out=c) for a, b, c in products],
+        "products": lambda step: [call() for call in products],
         "optimizer": lambda step: job.optimizer.step(),
+        "activations": lambda step: [call() for call in activations],
         "batch": batch,
-        "dropout": lambda step: [dropout(values) for values in activations],
+        "dropout": lambda step: [call() for call in dropped],
     }
 
 
-def matrix_products(shape: Shape) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Factors and result of each: outputs, gradients of weights, gradients of inputs."""
-    rows = shape.batch_size
-    widths = (784, *shape.hidden, 10)
-    for number, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
-        x, weight, grad = (
-            torch.rand(rows, fan_in),
-            torch.rand(fan_out, fan_in),
-            torch.rand(rows, fan_out),
-        )
-        yield x, weight.t(), torch.empty(rows, fan_out)
-        yield grad.t(), x, torch.empty(fan_out, fan_in)
-        if number:  # nobody asks for the gradient of the images
-            yield grad, weight, torch.empty(rows, fan_in)
+def recorded(job: Job, indices: Tensor) -> tuple[list[tuple[str, Call]], list[Call]]:
+    """What a step on `indices` asks of torch, by name, and what its dropouts are asked for.
+
+    Each can be called again, on the same tensors.
+    """
+    operations: list[tuple[str, Call]] = []
+    dropped: list[Call] = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            call = functools.partial(function, *args, **(kwargs or {}))
+            operations.append((function.overloadpacket.__name__, call))
+            return call()
+
+    def note(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        dropped.append(functools.partial(layer.forward, inputs[0].detach()))
+
+    hooks = [
+        layer.register_forward_pre_hook(note)
+        for layer in job.model.modules()
+        if isinstance(layer, Dropout)
+    ]
+    with Recording():
+        train_step.compute_gradients(job, indices)
+    train_step.update_weights(job)
+    for hook in hooks:
+        hook.remove()
+    return operations, dropped
 
 
-def measure(shape: Shape) -> dict[str, Any]:
+def measure(work: str, words: tuple[str, ...]) -> dict[str, Any]:
     """Microseconds of a step and of its parts: medians of rounds in which all run in turn."""
-    calls = parts(shape, prepared(shape))
+    calls = parts(prepared(words))
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            started = time.perf_counter()
-            for step in range(STEPS):
-                call(step)
-            found[name].append((time.perf_counter() - started) / STEPS * 1e6)
-    return {"work": shape.name} | {
-        name: statistics.median(values[1:]) for name, values in found.items()
-    }
+            with torch.set_grad_enabled(name == "whole"):
+                started = time.perf_counter()
+                for step in range(STEPS):
+                    call(step)
+                found[name].append((time.perf_counter() - started) / STEPS * 1e6)
+    return {"work": work} | {name: statistics.median(each[1:]) for name, each in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
     only = parser.parse_args().only
-    for shape in SHAPES:
-        if only in shape.name:
-            print(json.dumps(measure(shape)))
+    for work, words in WORKS.items():
+        if only in work:
+            print(json.dumps(measure(work, words)))
 
 
 if __name__ == "__main__":
