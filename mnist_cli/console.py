@@ -1,8 +1,8 @@
 """What a person sees: lines, tables, a progress bar; and the one JSON document for programs.
 
-With `--json`, stdout carries that document alone and everything for people goes to stderr. With
-`--quiet` nothing is said but errors. What is said also goes, without escape codes, to the log of a
-run.
+Warnings and errors go to stderr. With `--json`, stdout carries that document alone, and everything
+for people goes to stderr. With `--quiet` nothing is said but errors. What is said also goes, without
+escape codes, to the log of a run.
 """
 
 from __future__ import annotations
@@ -49,18 +49,7 @@ class Console:
     def say(self, text: str = "") -> None:
         """One line (or several), as it is."""
         self._to_log(text + "\n")
-        if self.quiet:
-            return
-        try:
-            if self._progress is not None:
-                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            else:
-                self._stream.write(text + "\n")
-                self._stream.flush()
-        except OSError as error:  # `| head` closed its end, or a full disk is behind it
-            if not isinstance(error, BrokenPipeError):
-                self._lost = error
-            self._reader_left()
+        self._print(text, self._stream)
 
     def record(self, text: str) -> None:
         """A line for the log of the run alone."""
@@ -74,7 +63,10 @@ class Console:
             self.say(text)
 
     def warn(self, text: str) -> None:
-        self.say(f"warning: {text}")
+        """A line that stands on stderr, where no pipe takes it along."""
+        line = f"warning: {text}"
+        self._to_log(line + "\n")
+        self._print(line, sys.stderr)
 
     def table(
         self, headers: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int = 1
@@ -120,7 +112,7 @@ class Console:
                 sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
                 sys.stdout.flush()
             except BrokenPipeError:
-                self._reader_left()
+                self._give_up(sys.stdout)
             except OSError as error:
                 raise _unwritable(error) from error
 
@@ -133,7 +125,7 @@ class Console:
                 sys.stdout.write(text + "\n")
                 sys.stdout.flush()
             except BrokenPipeError:
-                self._reader_left()
+                self._give_up(sys.stdout)
             except OSError as error:
                 raise _unwritable(error) from error
 
@@ -151,7 +143,24 @@ class Console:
         """
         failure = {"error": message, "hint": hint, "exit_code": exit_code} | (more or {})
         self.document(failure if instead is None else instead)
-        sys.stderr.write(f"error: {message}\nhint: {hint}\n")
+        try:
+            sys.stderr.write(f"error: {message}\nhint: {hint}\n")
+        except OSError:  # the exit code says it too
+            _silence(sys.stderr)
+
+    def _print(self, text: str, stream: IO[str]) -> None:
+        if self.quiet:
+            return
+        try:
+            if self._progress is not None:
+                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                stream.write(text + "\n")
+                stream.flush()
+        except OSError as error:  # `| head` closed its end, or a full disk is behind it
+            if stream is self._stream and not isinstance(error, BrokenPipeError):
+                self._lost = error
+            self._give_up(stream)
 
     def _to_log(self, text: str) -> None:
         if self._log is None:
@@ -172,11 +181,10 @@ class Console:
         if self._lost is not None:
             raise _unwritable(self._lost)
 
-    def _reader_left(self) -> None:
-        """Say nothing more, but finish the work."""
-        self.quiet = True
-        self.as_json = False
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    def _give_up(self, stream: IO[str]) -> None:
+        """Say nothing more on `stream`, but finish the work."""
+        self.quiet = self.quiet or stream is self._stream
+        _silence(stream)
 
     @contextlib.contextmanager
     def logging_to(self, log: IO[str]) -> Iterator[None]:
@@ -278,10 +286,14 @@ class Bar:
 
 
 def _unwritable(error: OSError) -> ResourceError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush
+    _silence(sys.stdout)  # nothing is left to flush
     return ResourceError(
         f"can't write to the standard output: {error.strerror}", "send it elsewhere"
     )
+
+
+def _silence(stream: IO[str]) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _rich(stream: IO[str], width: int | None = None) -> RichConsole:

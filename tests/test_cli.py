@@ -756,6 +756,20 @@ def test_a_reader_that_leaves_ends_nothing(
     assert "epoch 3/3" in Path("run/train.log").read_text()
 
 
+def test_a_reader_of_what_is_for_people_may_leave_alone(
+    in_bash: Callable[[str], subprocess.CompletedProcess[str]],
+) -> None:
+    result = in_bash(
+        f"mnist-cli train {' '.join(TINY)} out=run --json 2>&1 >document | head -1;"
+        ' echo "${PIPESTATUS[0]}"; mnist-cli trian 2>&1 | true; echo "${PIPESTATUS[0]}";'
+        " mnist-cli trian 2>/dev/full; echo $?"
+    )
+    first, *codes = result.stdout.splitlines()
+    assert first.startswith("model ")
+    assert codes == ["0", "2", "2"]
+    assert json.loads(Path("document").read_text())["status"] == "completed"
+
+
 def test_streams_that_are_closed(
     in_bash: Callable[[str], subprocess.CompletedProcess[str]],
 ) -> None:

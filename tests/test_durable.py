@@ -232,10 +232,10 @@ def test_a_record_that_can_not_be_written_is_said_but_ends_nothing(
     folder.mkdir()
     (folder / name).symlink_to("/dev/full")
     ended = server.run(faults.program, [*TRAIN, f"out={folder}"])
-    assert (ended.code, ended.stderr) == (0, "")
-    warnings = [line for line in ended.stdout.splitlines() if line.startswith("warning: ")]
-    assert warnings and all(name in line and "can't be written" in line for line in warnings)
-    assert "No space left on device" in ended.stdout
+    assert ended.code == 0
+    warnings = ended.stderr.splitlines()
+    assert all(line.startswith("warning: ") and name in line for line in warnings)
+    assert all("can't be written" in line and "No space left" in line for line in warnings)
     assert len(warnings) == (1 if name == "train.log" else 3)
     assert state_of(folder / "last.safetensors")["step"] == 60
 

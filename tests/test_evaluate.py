@@ -210,4 +210,4 @@ def test_data_of_another_digest_is_said_so(
     monkeypatch.setattr(dataset, "load", other)
     outcome = mnist_cli("eval", f"checkpoint={run}")
     assert outcome.code == 0
-    assert "warning: the linear data here is not what the run used" in outcome.stdout
+    assert "warning: the linear data here is not what the run used" in outcome.stderr
