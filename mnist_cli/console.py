@@ -1,8 +1,8 @@
 """What a person sees: lines, tables, a progress bar; and the one JSON document for programs.
 
-Warnings and errors go to stderr. With `--json`, stdout carries that document alone, and everything
-for people goes to stderr. With `--quiet` nothing is said but errors. What is said also goes, without
-escape codes, to the log of a run.
+Warnings and errors go to stderr. With `--json`, stdout carries that document alone and everything
+for people goes to stderr. With `--quiet` nothing is said but errors. What is said also goes,
+without escape codes, to the log of a run.
 """
 
 from __future__ import annotations
