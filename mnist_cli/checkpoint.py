@@ -74,8 +74,9 @@ class Progress:
         epoch_s: seconds this epoch has taken so far.
         train_s: seconds spent training, all epochs.
         best: the selected epoch so far.
-        stale_epochs: epochs since then.
+        stale_epochs: epochs since the selected value last improved; a tie is no improvement.
         loss_scale: of float16 training, else None.
+        loss_scale_steps: how many steps it has lasted; it grows when they are enough.
     """
 
     step: _NonNegativeInt = 0
@@ -85,6 +86,7 @@ class Progress:
     best: Best | None = None
     stale_epochs: _NonNegativeInt = 0
     loss_scale: float | None = None
+    loss_scale_steps: _NonNegativeInt = 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mnist_cli import conf
 from mnist_cli.errors import UsageError
-from mnist_cli.line import typed_plugins
+from mnist_cli.line import CFG_TOPICS, INFO_TOPICS, typed_plugins
 
 # The values that a key may have, where they can be counted; a test compares with `config`.
 CHOICES = {
@@ -48,8 +48,8 @@ PATHS: dict[str, tuple[str, ...]] = {
 
 # The flags that take a word of their own.
 FLAG_VALUES = {
-    "--cfg": ("job", "hydra", "all"),
-    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+    "--cfg": CFG_TOPICS,
+    "--info": INFO_TOPICS,
     "--config-dir": (),
     "-cd": (),
 }
@@ -110,13 +110,8 @@ def main(args: Sequence[str]) -> int:
     if verb == "query":
         sys.stdout.write("".join(f"{line}\n" for line in _query(shell, os.environ)))
     else:
-        sys.stdout.write(install(shell) if verb == "install" else UNINSTALL[shell])
+        sys.stdout.write((INSTALL if verb == "install" else UNINSTALL)[shell])
     return 0
-
-
-def install(shell: str) -> str:
-    """The script that makes `shell` (bash, zsh or fish) complete `mnist-cli`."""
-    return INSTALL[shell]
 
 
 def _query(shell: str, environ: Mapping[str, str]) -> list[str]:

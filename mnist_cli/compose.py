@@ -7,6 +7,7 @@ too stands here: `multirun.py` runs the lines with `-m`, `hydra_main.py` those t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -141,8 +142,11 @@ def command(
         ResourceError: nobody got the answers that a command prints.
     """
     out = getattr(config, "out", None)
-    if out is not None and os.path.isfile(os.path.expanduser(out)):
-        raise UsageError(f"out={out} is a file", "name a folder: out=DIR")
+    if out is not None:
+        out = os.path.expanduser(out)
+        config = dataclasses.replace(config, out=out)
+        if os.path.isfile(out):
+            raise UsageError(f"out={out} is a file", "name a folder: out=DIR")
     with importing():
         run = _imported(config)
     if isinstance(config, TrainConfig):

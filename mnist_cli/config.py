@@ -330,9 +330,10 @@ def _check_device(device: str) -> None:
 
 
 def _check_mirror(mirror: str | None) -> None:
-    if mirror is not None and not mirror.startswith("https://"):
+    if mirror is not None and not re.fullmatch(r"https://[!-~]+", mirror, re.IGNORECASE):
         raise UsageError(
-            f"dataset.mirror={mirror} is not an https address", "type dataset.mirror=https://..."
+            f"dataset.mirror={shown(mirror)} is not an https address",
+            "type dataset.mirror=https://HOST/FOLDER/",
         )
 
 

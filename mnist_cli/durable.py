@@ -138,6 +138,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         LockedError: another process holds it.
+        ResourceError: it can't be written, or its file system has no locks.
     """
     path = folder / ".lock"
     with writing(path):
@@ -153,6 +154,9 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by process {holder or 'unknown'}",
                 f"wait for it{stop}, or name another folder with out=DIR",
             ) from None
+        except OSError as error:  # a file system without locks
+            elsewhere = "name another folder with out=DIR"
+            raise _denied(f"can't lock {folder}", error, elsewhere) from error
         with writing(path):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mnist_cli.config import EvalConfig
 from mnist_cli.console import Console
 from mnist_cli.dataset import Split
 from mnist_cli.dataset.again import load_again
-from mnist_cli.errors import UsageError
+from mnist_cli.errors import CheckpointError, UsageError
 from mnist_cli.loss import build_loss
 
 
@@ -22,7 +23,8 @@ def run(config: EvalConfig, console: Console) -> dict[str, Any]:
         The JSON document of the contract: checkpoint, split, metrics.
 
     Raises:
-        CheckpointError, DataError: the checkpoint or its data can't be used.
+        CheckpointError, DataError: the checkpoint or its data can't be used, or its loss on them
+            is not finite.
         UsageError: the split is empty, or the device isn't there.
     """
     model = trained.load(config.checkpoint, config.device, console)
@@ -36,12 +38,17 @@ def run(config: EvalConfig, console: Console) -> dict[str, Any]:
     outputs = model.answer(split)
     loss = build_loss(model.config.loss, spec.task)
     measured = scoring.measure(outputs, split.to(outputs.device), spec, loss)
+    if not math.isfinite(measured["loss"]):
+        raise CheckpointError(
+            f"{model.path} gives a loss of {measured['loss']}", "train again, or take another one"
+        )
     document = {"checkpoint": str(model.path), "split": config.split, "metrics": measured}
     if config.out is not None:
         folder = Path(config.out)
         with durable.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        durable.write(folder / "eval.json", (json.dumps(document, indent=2) + "\n").encode())
+        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+        durable.write(folder / "eval.json", text.encode())
     name = "accuracy" if spec.task == "classification" else "mse"
     console.say(
         f"{model.path} on the {config.split} split of {spec.name}:"

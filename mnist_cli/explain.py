@@ -74,7 +74,7 @@ def no_such_key(line: Line, key: str) -> UsageError:
 def _explained(line: Line, error: Exception) -> UsageError:
     text = str(error).strip()
     if type(error).__module__.startswith("yaml."):
-        where = " ".join(line.strip() for line in text.splitlines() if line.strip())
+        where = " ".join(part.strip() for part in text.splitlines() if part.strip())
         return UsageError(f"a configuration file is not sound YAML: {where}", "mend that file")
     if isinstance(error, OverrideParseException):
         return _unreadable(line, error.override)
@@ -114,6 +114,8 @@ def _unreadable(line: Line, word: str) -> UsageError:
         hints = {
             "eval": f"type checkpoint={word}",
             "export": f"type checkpoint={word}",
+            "demo": f"type checkpoint={word}",
+            "report": f"type run={word}",
             "predict": f"type checkpoint=RUN images={word}",
         }
         return UsageError(

@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 import shlex
 import statistics
 import time
@@ -97,7 +96,7 @@ def run(config: ExportConfig, console: Console) -> dict[str, Any]:
 def _target(config: ExportConfig, source: Path) -> Path:
     quantized = ".int8" if config.quantize == "int8" else ""
     folder = Path(config.out) if config.out is not None else source.parent
-    target = Path(os.path.expanduser(folder)) / f"model{quantized}{SUFFIXES[config.format]}"
+    target = folder / f"model{quantized}{SUFFIXES[config.format]}"
     with durable.writing(target):
         is_there = target.exists()
     if is_there and not config.overwrite:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -39,10 +38,15 @@ class Line(NamedTuple):
     @property
     def config_dirs(self) -> tuple[str, ...]:
         """The folders of --config-dir, and of the plugins. Raises UsageError: no such plugin."""
-        pairs = itertools.pairwise(word for flag in self.hydra for word in flag.split("=", 1))
-        folders = tuple(value for flag, value in pairs if flag in ("-cd", "--config-dir"))
+        folders, words = [], iter(self.hydra)
+        for word in words:
+            flag, equals, value = word.partition("=")
+            if HYDRA_FLAGS.get(flag) and not equals:
+                value = next(words)
+            if flag in ("-cd", "--config-dir"):
+                folders.append(value)
         if not self.plugins:
-            return folders
+            return tuple(folders)
         from mnist_cli import plugin
 
         return (*folders, *plugin.folders(self.plugins))

@@ -226,13 +226,15 @@ def epoch_line(row: dict[str, Any], epochs: int, is_best: bool) -> str:
 def _advance(
     job: Job, step: int, loss_sum: float, epoch_s: float, train_s: float | None = None
 ) -> Progress:
+    scaling = job.scaler.state_dict()  # empty but for float16
     return dataclasses.replace(
         job.progress,
         step=step,
         loss_sum=loss_sum,
         epoch_s=epoch_s,
         train_s=job.progress.train_s if train_s is None else train_s,
-        loss_scale=job.scaler.get_scale() if job.scaler.is_enabled() else None,
+        loss_scale=scaling.get("scale"),
+        loss_scale_steps=scaling.get("_growth_tracker", 0),
     )
 
 

@@ -2,7 +2,7 @@
 
 A package declares an entry point in the group `mnist_cli` that names one of its modules. OPTIONS of
 that module lists the classes of its options, each of which inherits from one of the
-`Plugin...Config` of `config`; their YAML files lie in `conf/<group>/` beside it.
+`Plugin...Config` of `options`; their YAML files lie in `conf/<group>/` beside it.
 
 Only a name that was typed (`plugin=NAME`) leads to an import, in `use` and nowhere else: a
 checkpoint or a configuration file can name a plugin, but not load it. Finding the installed names
@@ -102,7 +102,7 @@ def _register(point: EntryPoint, options: list[tuple[str, type[PluginConfig]]]) 
     if len(named) < len(found) or not all(names for _, _, names in named):
         raise _broken(
             point,
-            "OPTIONS must hold dataclasses that inherit from a Plugin...Config of mnist_cli.config"
+            "OPTIONS must hold dataclasses that inherit from a Plugin...Config of mnist_cli.options"
             " and have a name: Literal[...]",
         )
     for group, option, names in named:

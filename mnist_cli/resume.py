@@ -33,7 +33,7 @@ def folder_of(config: TrainConfig) -> Path | None:
     if config.resume is None:
         return None
     if config.resume == "auto":
-        folder = Path(os.path.expanduser(config.out or ""))
+        folder = Path(config.out or "")
         return folder if _checkpoints_in(folder) else None
     folder = Path(os.path.expanduser(config.resume))
     try:
@@ -82,7 +82,9 @@ def load(
     for path in _checkpoints_in(folder.path):
         try:
             found = checkpoints.load(path)
-            if found.progress.step and not found.optim and optim.state_names(found.config.optim):
+            is_bare = not found.optim and bool(optim.state_names(found.config.optim))
+            # The first steps of float16 find the scale of the loss, and may leave no state.
+            if found.progress.step and is_bare and found.progress.loss_scale is None:
                 raise CheckpointError(f"{path} holds no state of the optimizer", "")
         except CheckpointError as error:
             reasons.append(error.message)

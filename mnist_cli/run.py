@@ -92,11 +92,7 @@ class RunFolder:
         The file may come from anybody, so what it holds may be of any type.
         """
         try:
-            if not self.result.is_file():
-                return None
-            with open(self.result, "rb") as file:
-                data = file.read(MAX_RESULT_BYTES + 1)
-            found = strict_json.parse(data) if len(data) <= MAX_RESULT_BYTES else {}
+            found = strict_json.read(self.result, MAX_RESULT_BYTES)
         except (OSError, ValueError):
             return None
         return found if {"status", "config_hash"} <= set(found) else None
@@ -199,7 +195,7 @@ def create(out: str | None, parent: str, is_resumed: bool = False) -> Iterator[R
         LockedError: another process is making a run in `out`.
         ResourceError: the folder can't be made.
     """
-    folder = Path(os.path.expanduser(out)) if out is not None else unique_folder(Path(parent))
+    folder = Path(out) if out is not None else unique_folder(Path(parent))
     with durable.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with durable.locked(folder):

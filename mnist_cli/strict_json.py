@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
+
+
+def read(path: Path, most_bytes: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `most_bytes`.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is something else.
+    """
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise ValueError("it is not there" if not path.exists() else "it is not a file")
+    with open(path, "rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"it is larger than {most_bytes} bytes")
+    return parse(data)
 
 
 def parse(data: bytes) -> dict[str, Any]:

@@ -167,8 +167,10 @@ def prepare(
     optimizer = optim.build_optimizer(config.optim, model)
     if before is not None:
         optim.restore_state(optimizer, model, before.optim)
-        if before.progress.loss_scale is not None:
-            scaler.load_state_dict(scaler.state_dict() | {"scale": before.progress.loss_scale})
+        scale, steps = before.progress.loss_scale, before.progress.loss_scale_steps
+        if scale is not None:
+            state = {"scale": scale, "_growth_tracker": steps}
+            scaler.load_state_dict(scaler.state_dict() | state)
     job = Job(
         config=config,
         device=device,

@@ -165,7 +165,11 @@ MALFORMED = [
     ("train dataset=emnist dataset.split=x", "dataset.split='x'", "balanced"),
     ("train dataset.val_fraction=1", "dataset.val_fraction=1", "below 1"),
     ("train dataset=digits dataset.val_fraction=0.9999", "dataset.val_fraction=0.9999", "type"),
-    ("train dataset.mirror=http://x", "dataset.mirror=http://x", "https://"),
+    ("train dataset.mirror=http://x", "dataset.mirror='http://x'", "https://"),
+    ("train dataset.mirror=ftp://h/", "dataset.mirror='ftp://h/'", "https://"),
+    ("train dataset.mirror=file:///etc/", "dataset.mirror='file:///etc/'", "https://"),
+    ("train dataset.mirror=h", "dataset.mirror='h'", "https://"),
+    ("train 'dataset.mirror=https://h/ x'", "dataset.mirror=", "https://"),
     ("train out= dataset=digits model=linear epochs=1", "out=", "out="),
     ("export checkpoint=x format=tflite", "format='tflite'", "onnx, torch_export, safetensors"),
     ("export checkpoint=x opset=17", "opset=17", "at least 18"),
@@ -582,7 +586,11 @@ def test_commas_part_the_runs_of_a_report(
 def test_a_users_folder_adds_options(mnist_cli: Program) -> None:
     Path("mine/model").mkdir(parents=True)
     Path("mine/model/tiny.yaml").write_text("# Mine\nname: mlp\nhidden: [4]\ndropout: 0.0\n")
-    for words in (("--config-dir", "mine"), ("--config-dir=mine",), ("-cd", "mine")):
+    Path("lr=0.1").symlink_to("mine")
+    for words in (
+        ("--config-dir", "mine"), ("--config-dir=mine",), ("-cd", "mine"), ("-cd", "lr=0.1"),
+        ("--config-dir=lr=0.1",),
+    ):  # fmt: skip
         config = composed(mnist_cli, *words, "train", "model=tiny", "model.dropout=0.5")
         assert isinstance(config, TrainConfig)
         assert to_plain(config)["model"] == {"name": "mlp", "hidden": [4], "dropout": 0.5}

@@ -475,15 +475,6 @@ def test_http_behind_an_https_address(
     assert server.requests == []
 
 
-@pytest.mark.parametrize(
-    "mirror", ["http://127.0.0.1/", "ftp://h/", "file:///etc/", "h", "", "https://h/ x\n"]
-)
-def test_mirror_has_to_be_https(mirror: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"dataset\.mirror="):
-        fetch(small(), tmp_path / "root", mirror)
-    assert not (tmp_path / "root").exists()
-
-
 @pytest.mark.parametrize("seconds", ["abc", "0", "-1", "nan", "inf", "1e999"])
 def test_timeout_has_to_be_seconds(
     seconds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -291,6 +292,17 @@ def test_the_lock_of_a_killed_process_is_free_at_once(server: Server, tmp_path: 
         ready.unlink()
         with durable.locked(tmp_path):
             pass
+
+
+def test_a_file_system_without_locks_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ResourceError, match="No locks available"), durable.locked(tmp_path):
+        pass
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -194,6 +195,33 @@ def test_a_checkpoint_that_is_not_there(mnist_cli: Program) -> None:
         assert (outcome.code, outcome.stdout) == (4, ""), name
         assert len(outcome.stderr.splitlines()) == 2
     assert sorted(os.listdir()) == ["empty", "text.onnx", "text.safetensors"]
+
+
+def test_a_loss_that_is_no_number_is_refused(mnist_cli: Program, trained: Trained) -> None:
+    """Weights and answers are finite, but not their squares."""
+    path = trained(*LINE) / "best.safetensors"
+    found = checkpoint.load(path)
+    huge = {name: torch.full_like(tensor, 1e20) for name, tensor in found.model.items()}
+    checkpoint.save(Path("huge.safetensors"), dataclasses.replace(found, model=huge))
+    outcome = mnist_cli("eval", "checkpoint=huge.safetensors", "out=scores", "--json")
+    assert outcome.code == 4
+    assert "gives a loss of inf" in json.loads(outcome.stdout)["error"]
+    assert not Path("scores").exists()
+
+
+def test_out_may_begin_at_home(
+    mnist_cli: Program, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, home = trained(*LINE), Path("home").absolute()
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    document(mnist_cli("eval", f"checkpoint={run}", "out=~/eval", "--json"))
+    document(mnist_cli("report", f"run={run}", "out=~/report", "--json"))
+    document(mnist_cli("export", f"checkpoint={run}", "out=~/export", "--json"))
+    document(mnist_cli("train", *LINE, "out=~/train", "--json"))
+    document(mnist_cli("train", *LINE, "out=~/train", "resume=auto", "--json"))
+    assert {path.name for path in home.iterdir()} == {"eval", "report", "export", "train"}
+    assert not Path("~").exists()
 
 
 def test_data_of_another_digest_is_said_so(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -28,7 +29,7 @@ from faults import (
     two_lines,
 )
 
-from mnist_cli import checkpoint, loop, outcome, train, train_step
+from mnist_cli import checkpoint, loop, outcome, runtime, train, train_step
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.console import Console
 from mnist_cli.job import Job
@@ -619,6 +620,42 @@ def test_too_little_gpu_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
     assert error == "out of GPU memory" and "batch_size=34" in hint
     assert state_of(folder / "last.safetensors")["step"] == 20
     assert json.loads((folder / "result.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("first_scale", [2.0**8, 2.0**40])
+def test_float16_goes_on_with_the_scale_of_its_loss(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, first_scale: float
+) -> None:
+    """On the CPU, with a scale that grows every seven steps; from 2**40 no step is taken for some.
+
+    float16 is refused there, because nobody wants it so slow; the arithmetic is the same.
+    """
+    scaler = functools.partial(
+        torch.amp.GradScaler, init_scale=first_scale, growth_interval=7, growth_factor=1.5
+    )
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    monkeypatch.setattr(runtime, "resolve_device", lambda name, precision: torch.device("cpu"))
+    words = (*TRAIN, "precision=float16", "--quiet")
+    whole, stop = tmp_path / "whole", train_step.take_step
+    assert here(*words, f"out={whole}").code == 0
+    for last_step in (2, 24):
+
+        def take_step(job: Job, indices: torch.Tensor, step: int, last: int = last_step) -> float:
+            if step == last:
+                raise KeyboardInterrupt
+            return stop(job, indices, step)
+
+        folder = tmp_path / str(last_step)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train_step, "take_step", take_step)
+            here(*words, "save_every=1", f"out={folder}")
+        before = checkpoint.load(folder / "last.safetensors").progress
+        assert before.step == last_step
+        assert before.loss_scale_steps > 0 or first_scale > 2.0**30
+        assert here("train", f"resume={folder}", "--quiet").code == 0
+        assert outcome_of(folder) == outcome_of(whole)
+        scales = [checkpoint.load(each / "last.safetensors").progress for each in (folder, whole)]
+        assert len({(found.loss_scale, found.loss_scale_steps) for found in scales}) == 1
 
 
 def test_a_run_never_goes_on_with_other_data(tmp_path: Path) -> None:

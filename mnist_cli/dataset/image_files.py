@@ -33,7 +33,7 @@ def load(
 
     Raises:
         DataError: the files are damaged, or neither there nor to be had.
-        UsageError: `mirror` isn't an https address.
+        UsageError: MNIST_CLI_DOWNLOAD_TIMEOUT is not what it has to be.
     """
     folder = data_root(root)
     paths = source.find(folder)

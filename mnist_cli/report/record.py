@@ -22,10 +22,8 @@ from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, DatasetSpec, Split
 from mnist_cli.dataset.again import load_again
 from mnist_cli.errors import CheckpointError, MnistCliError, UsageError, one_line
-from mnist_cli.run import RunFolder
+from mnist_cli.run import MAX_RESULT_BYTES, RunFolder
 from mnist_cli.typed import Range, known, parse
-
-MAX_RESULT_BYTES = 16 * 2**20
 
 _Count = Annotated[int, Range(least=0, most=2**53)]
 _Share = Annotated[float, Range(least=0, most=1)]
@@ -189,13 +187,7 @@ def _read_result(
 ) -> tuple[Result, Scores | None, Scores | None]:
     """result.json with its blocks `val` and `test`, checked. Raises CheckpointError."""
     try:
-        if not folder.result.is_file():
-            raise ValueError("it is not there")
-        with open(folder.result, "rb") as file:
-            data = file.read(MAX_RESULT_BYTES + 1)
-        if len(data) > MAX_RESULT_BYTES:
-            raise ValueError(f"it is larger than {MAX_RESULT_BYTES} bytes")
-        found = strict_json.parse(data)
+        found = strict_json.read(folder.result, MAX_RESULT_BYTES)
         result = parse(Result, known(Result, found))
         return result, _scores(found.get("val"), spec), _scores(found.get("test"), spec)
     except (OSError, ValueError, UsageError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from mnist_cli import strict_json
 from mnist_cli.config import OBJECTIVES
@@ -143,7 +143,7 @@ def load(folder: Path) -> SweepRecord:
     """Read the folder of a sweep. Raises CheckpointError where it is damaged or foreign."""
     path = folder / leaderboard.JSON
     try:
-        found = _read(path) if path.exists() else leaderboard.build(folder)
+        found = strict_json.read(path, MAX_BYTES) if path.exists() else leaderboard.build(folder)
         board = parse(_Board, known(_Board, found))
         search = parse(Search, known(Search, found)) if "objectives" in found else None
         if search is not None:
@@ -155,17 +155,6 @@ def load(folder: Path) -> SweepRecord:
             "name the folder of a sweep that mnist-cli train left",
         ) from error
     return SweepRecord(folder, board.ranked_by, board.columns, board.rows, search)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The document in `path`. Raises OSError and ValueError."""
-    if not path.is_file():
-        raise ValueError("it is not a file")
-    with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES} bytes")
-    return strict_json.parse(data)
 
 
 def _check(search: Search) -> None:

@@ -163,6 +163,7 @@ class _Stack:
         for member in [each for each in self._left if loop.is_over(each.run.job)]:
             if self._signals.received:
                 return
+            result = None
             with self._ended_by_failure(member):
                 try:
                     with outcome.recorded(member.run):
@@ -171,6 +172,7 @@ class _Stack:
                 except Interrupted:
                     return
                 outcome.show(member.run, result, reason)
+            if result is not None:
                 self._end(member, result)
 
     @contextlib.contextmanager

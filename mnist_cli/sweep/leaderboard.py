@@ -155,11 +155,8 @@ def _text(path: Path) -> str:
 
 
 def _entry(folder: Path) -> Entry | None:
-    try:
-        result = json.loads(_text(folder / "result.json"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(result, dict):
+    result = RunFolder(folder).read_result()
+    if result is None:
         return None
     best, test, times = (_dict(result.get(key)) for key in ("best", "test", "time"))
     metric = "mse" if "mse" in test else "accuracy"

@@ -64,7 +64,7 @@ def _work(lines: queue.SimpleQueue[bytes], out: Any, signals: SignalWatch) -> in
         import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    while (line := lines.get()) and not signals.received:
+    while not signals.received and (line := lines.get()):
         order = json.loads(line)
         jobs, asks = [], order["asks"]
         for each in order["jobs"]:
