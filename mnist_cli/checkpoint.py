@@ -14,7 +14,6 @@ configuration describes, and values for being finite.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -30,7 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mnist_cli import __version__, durable, optim, strict_json
+from mnist_cli import __version__, durable, optim, seal, strict_json
 from mnist_cli.config import TrainConfig, to_plain, train_config
 from mnist_cli.dataset import DatasetSpec
 from mnist_cli.errors import (
@@ -49,7 +48,6 @@ FORMAT = 1
 MAX_FILE_BYTES = 4 * 2**30
 MAX_HEADER_BYTES = 2**20
 _LARGE_BYTES = 64 * 2**20
-_BLANK_DIGEST = "0" * 64
 _DTYPES = {"F32": torch.float32}
 _NonNegativeInt = Annotated[int, Range(least=0, most=2**53)]
 
@@ -143,7 +141,7 @@ def encode(checkpoint: Checkpoint) -> bytes:
     document = {
         "format": FORMAT,
         "made_by": f"mnist-cli {__version__}",
-        "digest": _BLANK_DIGEST,
+        "digest": seal.BLANK,
         "config": to_plain(checkpoint.config),
         "dataset": dataclasses.asdict(checkpoint.spec),
         "progress": dataclasses.asdict(checkpoint.progress),
@@ -159,9 +157,7 @@ def encode(checkpoint: Checkpoint) -> bytes:
             )
     data = safetensors.torch.save(tensors, {"mnist_cli": json.dumps(document, allow_nan=False)})
     header_end = 8 + int.from_bytes(data[:8], "little")
-    place = data.index(_BLANK_DIGEST.encode(), 0, header_end)
-    digest = hashlib.sha256(data).hexdigest().encode()
-    return data[:place] + digest + data[place + 64 :]
+    return seal.sealed(data, data.index(seal.BLANK.encode(), 0, header_end))
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -331,11 +327,7 @@ def _check_digest(data: bytes, header_end: int, digest: Any) -> None:
     place = data.find(stored, 0, header_end) if len(stored) == 64 else -1
     if place < 0:
         raise _Refused("has no digest")
-    found = hashlib.sha256()
-    found.update(data[:place])
-    found.update(_BLANK_DIGEST.encode())
-    found.update(memoryview(data)[place + 64 :])
-    if found.hexdigest().encode() != stored:
+    if not seal.is_intact(data, place):
         raise _Refused("is damaged: its digest doesn't match its content")
 
 

@@ -74,8 +74,7 @@ def run(line: Line, console: Console, started_s: float) -> int:
         _refuse_sweep_keys(parsed)
         _refuse_sweep_values(parsed)
         config = checked(line, compose(line, [*_groups_of_run(line), *overrides]))
-    typed = [override.key_or_group for override in parsed]
-    document = command(config, typed, console, started_s)
+    document = command(config, _typed_keys(parsed, config), console, started_s)
     if document is not None:
         console.document(document)
     draw_report(config, document, console)
@@ -218,8 +217,10 @@ def checked(line: Line, composed: DictConfig) -> Any:
     data.pop("sweep", None)  # a job knows nothing of its sweep
     for key, value in data.items():
         if value == "???":
-            needed = "images=PATH" if key == "images" else f"{key!s}=RUN"
-            raise UsageError(f"{key!s}= is required", f"type mnist-cli {line.command} {needed}")
+            value = {"images": "PATH", "checkpoint": "RUN", "run": "RUN"}.get(str(key), "VALUE")
+            raise UsageError(
+                f"{key!s}= is required", f"type mnist-cli {line.command} {key!s}={value}"
+            )
     for word in line.overrides:
         key, _, value = word.lstrip("+~").partition("=")
         if key in conf.GROUPS and value.startswith("["):
@@ -270,6 +271,17 @@ def _groups_of_run(line: Line) -> list[str]:
         for group in conf.GROUPS
         if group not in words and names.get(group) in conf.options(group, line.config_dirs)
     ]
+
+
+def _typed_keys(parsed: Sequence[Override], config: Any) -> list[str]:
+    """The keys that were typed: of an option out of a user's folder, all that it sets."""
+    keys = [override.key_or_group for override in parsed]
+    values = flatten(to_plain(config))
+    for override in parsed:
+        group = override.key_or_group
+        if group in conf.GROUPS and values.get(f"{group}.name") != override.value():
+            keys += [key for key in values if key.startswith(f"{group}.")]
+    return keys
 
 
 def is_sweep_key(override: Override) -> bool:

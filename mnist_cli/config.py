@@ -200,6 +200,8 @@ def train_config(data: object) -> TrainConfig:
         _check_size(config.dataset)
     if isinstance(config.save_every, str):
         save_every_s(config.save_every)
+    if config.resume is not None and not config.resume.strip():
+        raise UsageError("resume= is empty", "name a run folder: resume=RUN")
     if config.resume == "auto" and config.out is None:
         raise UsageError("resume=auto needs out=DIR", "name the folder: resume=auto out=DIR")
     if config.resume not in (None, "auto"):
@@ -387,6 +389,11 @@ def _check_length(config: TrainConfig) -> None:
             f"early_stop.patience={patience} watches the validation split,"
             " but dataset.val_fraction=0 leaves none",
             "type dataset.val_fraction=0.1, or early_stop.patience=null",
+        )
+    if patience is not None and patience > config.epochs:
+        raise UsageError(
+            f"early_stop.patience={patience} can't end a run of epochs={config.epochs}",
+            f"type early_stop.patience={max(1, config.epochs // 2)}, or more epochs",
         )
     if config.monitor != "auto" and config.dataset.val_fraction == 0:
         raise UsageError(

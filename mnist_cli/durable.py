@@ -63,7 +63,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into a ResourceError that names `path`.
 
     Raises:
-        UsageError: a file stands where a folder is wanted.
+        UsageError: a file stands where a folder is wanted, or the name is too long.
     """
     try:
         yield
@@ -93,7 +93,8 @@ def temporary_folder(room_bytes: int = 0) -> Iterator[Path]:
 
 def _denied(what: str, error: OSError, elsewhere: str) -> MnistCliError:
     """The error for something that can't be written here, but maybe `elsewhere`."""
-    if error.errno in (errno.EEXIST, errno.ENOTDIR):  # a file stands where a folder is wanted
+    # A file stands where a folder is wanted, or it is no name that can be.
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EILSEQ):
         return UsageError(f"{what}: {error.strerror}", elsewhere)
     reasons = {
         errno.ENOSPC: "free some space",

@@ -102,11 +102,12 @@ class Interrupted(BaseException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, torch's CPU allocator or a GPU found no memory."""
+    """Whether Python, torch's CPU allocator, a GPU, or the loader of a library found no memory."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (isinstance(error, ImportError) and "failed to map segment" in str(error))
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 from collections.abc import Iterator
 
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -122,6 +123,9 @@ def _unreadable(line: Line, word: str) -> UsageError:
             f"{shown(word)} is not an override",
             hints.get(line.command or "", "overrides look like key=value: optim.lr=0.01"),
         )
+    bare = f"{key.strip()}={value.strip(' =')}"
+    if bare != word:
+        return UsageError(f"can't read {shown(word)}", f"type {shlex.quote(bare)}")
     return UsageError(f"can't read the value of {shown(word)}", f"quote it: \"{key}='{value}'\"")
 
 

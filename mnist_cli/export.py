@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_cli import __version__, durable, onnx_file, scoring
+from mnist_cli import __version__, durable, onnx_file, scoring, seal
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.config import ExportConfig, to_plain
@@ -158,11 +158,13 @@ def _to_onnx(config: ExportConfig, found: Checkpoint, model: nn.Module) -> tuple
     texts = {
         "classes": json.dumps(found.spec.classes),
         "mnist_cli": json.dumps(_provenance(found)),
+        "digest": seal.BLANK,
     }
     for key, text in texts.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, text
     data: bytes = proto.SerializeToString()
+    data = seal.sealed(data, data.rindex(seal.BLANK.encode()))
     return data, onnx_file.answer_of(data)
 
 

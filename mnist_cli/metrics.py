@@ -69,6 +69,11 @@ def probabilities_of(logits: Tensor) -> Tensor:
     return logits.double().softmax(dim=1)
 
 
+def mse(outputs: Tensor, targets: Tensor) -> float:
+    """The mean squared error of (N, 1) floats, in float64."""
+    return (outputs.detach().cpu().double() - targets.cpu().double()).square().mean().item()
+
+
 def regression(outputs: Tensor, targets: Tensor, loss: float) -> dict[str, Any]:
     """The metrics of a regression; `r2` is None where the targets are all the same.
 
@@ -84,7 +89,7 @@ def regression(outputs: Tensor, targets: Tensor, loss: float) -> dict[str, Any]:
     return {
         "n": len(targets),
         "loss": loss,
-        "mse": residuals.square().mean().item(),
+        "mse": mse(outputs, targets),
         "mae": residuals.abs().mean().item(),
         "r2": None if constant else (1 - residuals.square().sum() / spread).item(),
     }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mnist_cli import checkpoint as checkpoints
+from mnist_cli import seal
 from mnist_cli.config import TrainConfig
 from mnist_cli.dataset import DatasetSpec, Split
 from mnist_cli.errors import CheckpointError
@@ -46,6 +47,7 @@ def load(path: Path) -> Exported:
         texts = {entry.key: entry.value for entry in proto.metadata_props}
         config, spec = checkpoints.parse_provenance(texts["mnist_cli"])
         _check_graph(proto)
+        _check_digest(data, texts.get("digest", ""))
         answer = answer_of(data)
     except UntypedPluginError:
         raise
@@ -69,6 +71,14 @@ def _check_graph(proto: Any) -> None:
         raise ValueError("it keeps its weights in other files")
     if len(proto.graph.input) != 1 or len(proto.graph.output) != 1:
         raise ValueError("it has not one input and one output")
+
+
+def _check_digest(data: bytes, digest: str) -> None:
+    place = data.rfind(digest.encode()) if len(digest) == len(seal.BLANK) else -1
+    if place < 0:
+        raise ValueError("it has no digest")
+    if not seal.is_intact(data, place):
+        raise ValueError("it is damaged: its digest doesn't match its content")
 
 
 def answer_of(data: bytes) -> Answer:

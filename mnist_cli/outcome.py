@@ -33,6 +33,7 @@ from mnist_cli.errors import (
 from mnist_cli.job import Job
 from mnist_cli.logger import Finished
 from mnist_cli.loop import save, stop_if_asked, timed
+from mnist_cli.loss import Loss, build_loss
 from mnist_cli.model import num_params
 from mnist_cli.options import LinearModelConfig, plugin_words
 from mnist_cli.plugin_code import plugin_at_fault
@@ -70,14 +71,17 @@ def conclude(run: Run, signals: SignalWatch) -> Finished:
         DivergedError: the selected weights give no finite loss.
     """
     job, folder = run.job, run.folder
-    model = checkpoints.load(folder.best).build_model(job.device)
+    selected = checkpoints.load(folder.best)
+    model = selected.build_model(job.device)
+    # By its own loss, as `eval` does: a run that is resumed may go on with another.
+    loss = build_loss(selected.config.loss, job.data.spec.task)
     measured: dict[str, dict[str, Any] | None] = {"val": None}
     with timed(job.times, "eval_s"):
         if len(job.data.val):
-            measured["val"], _ = _measure(job, model, job.data.val)
+            measured["val"], _ = _measure(job, model, loss, job.data.val)
     stop_if_asked(signals, job, folder)
     with timed(job.times, "eval_s"):
-        measured["test"], outputs = _measure(job, model, job.data.test)
+        measured["test"], outputs = _measure(job, model, loss, job.data.test)
     stop_if_asked(signals, job, folder)
     _write_answers(job, folder, outputs)
     result = _result(run, "completed") | measured
@@ -122,16 +126,18 @@ def _record_failure(error: BaseException, run: Run) -> None:
         status = "interrupted"
     message = getattr(error, "message", None) or f"{type(error).__name__}: {one_line(str(error))}"
     run.console.record(f"error: {message}")
+    if hint := getattr(error, "hint", None):
+        run.console.record(f"hint: {hint}")
     with contextlib.suppress(ResourceError):
         run.folder.write_result(_result(run, status) | {"error": message})
 
 
 def _measure(
-    job: Job, model: nn.Module, split: dataset.Split
+    job: Job, model: nn.Module, loss: Loss, split: dataset.Split
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """All metrics of `split`, and the (N, K) float32 outputs that they are of."""
     outputs = scoring.answers(model, job.data.spec, split)
-    measured = scoring.measure(outputs, split, job.data.spec, job.loss)
+    measured = scoring.measure(outputs, split, job.data.spec, loss)
     if not math.isfinite(measured["loss"]):
         step = job.progress.step - 1
         raise diverged(job, "loss of the selected weights", measured["loss"], step)

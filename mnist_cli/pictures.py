@@ -230,7 +230,10 @@ def _ink(pixels: Pixels) -> Pixels:
     background = np.uint8(np.quantile(border, 0.25))
     ink = np.maximum(pixels, background) - background
     if ink.max() < LEAST_CONTRAST:
-        raise DataError("shows nothing: it is all of one color", "name a picture with a character")
+        raise DataError(
+            "shows nothing: it is all of one color",
+            "name a picture with a character, or type preprocess=none",
+        )
     return ink
 
 

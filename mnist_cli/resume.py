@@ -91,9 +91,7 @@ def load(
             console.warn(error.message)
             continue
         if found.progress.best is not None and found.progress.best.monitor is not None:
-            checkpoints.load(
-                folder.best
-            )  # the selected weights; better to know now than at the end
+            _check_selected(folder.best)
         if reasons:
             console.warn(f"going on from {path}, at step {found.progress.step}")
         return merge(found.config, given, typed, folder.path), found
@@ -102,11 +100,24 @@ def load(
     )
 
 
+def _check_selected(path: Path) -> None:
+    """Whether the selected weights are there: better to know now than at the end."""
+    try:
+        checkpoints.load(path)
+    except CheckpointError as error:
+        raise CheckpointError(error.message, "put it back, or start the run anew") from error
+
+
 def merge(
     stored: TrainConfig, given: TrainConfig, typed: Collection[str], folder: Path
 ) -> TrainConfig:
     """`stored` with the `typed` keys of `given` laid over it."""
     merged, plain = to_plain(stored), to_plain(given)
+    if "experiment" in typed and given.resume != "auto":
+        raise UsageError(
+            f"resume={given.resume} and experiment= name two configurations",
+            "leave experiment= out: the run goes on with its own",
+        )
     if "experiment" in typed:
         merged = copy.deepcopy(plain)
     for key in typed:

@@ -63,7 +63,7 @@ def summary(outputs: Tensor, split: Split, spec: DatasetSpec, loss: Loss) -> dic
     if spec.task == "classification":
         hits = int((outputs.argmax(dim=1) == split.targets).sum())
         return {"loss": value, "accuracy": hits / len(split)}
-    return {"loss": value, "mse": float((outputs - split.targets).double().square().mean())}
+    return {"loss": value, "mse": metrics.mse(outputs, split.targets)}
 
 
 def measure(outputs: Tensor, split: Split, spec: DatasetSpec, loss: Loss) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from mnist_cli import cuda_graph, dataset, logger, optim, outcome, resume, runtime
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
-from mnist_cli.config import TrainConfig
+from mnist_cli.config import TrainConfig, config_hash
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, Normalise
 from mnist_cli.errors import DataError, UsageError
@@ -133,12 +133,7 @@ def opened(
                 f" (digest {job.data.spec.digest[:12]} instead of {before.spec.digest[:12]})",
                 "name the folder with the run's data: dataset.root=DIR",
             )
-        if before.progress.step > config.epochs * job.steps_per_epoch:
-            done = before.progress.step // job.steps_per_epoch
-            raise UsageError(
-                f"epochs={config.epochs} is less than the {done} that are done",
-                f"type epochs={done} or more",
-            )
+        _refuse_to_rewrite(before, job, is_done=bool(result and result["status"] == "completed"))
         with folder.log(console):
             for difference in runtime.Host.of(job.device).differences(before.host):
                 console.warn(difference)
@@ -146,6 +141,27 @@ def opened(
             folder.keep_metrics_until(before.progress.step // job.steps_per_epoch)
             earlier = _times_before(job, runs.times_of(result))
             yield Run(job, folder, console, started_s, earlier)
+
+
+def _refuse_to_rewrite(before: Checkpoint, job: Job, is_done: bool) -> None:
+    """Raises UsageError where `job` would tell of training that never was.
+
+    Args:
+        is_done: the run was completed as it stood at the checkpoint `before`.
+    """
+    step, config = before.progress.step, job.config
+    done = step // job.steps_per_epoch
+    if step > config.epochs * job.steps_per_epoch:
+        raise UsageError(
+            f"epochs={config.epochs} is less than the {done} that are done",
+            f"type epochs={done} or more",
+        )
+    is_done = is_over(job) and (is_done or step == config.epochs * job.steps_per_epoch)
+    if is_done and config_hash(config) != config_hash(before.config):
+        raise UsageError(
+            f"the run is done after {done} epochs: other settings would change its records alone",
+            f"type epochs={max(done, config.epochs) + 1} or more, or start a new run",
+        )
 
 
 def prepare(

@@ -164,6 +164,8 @@ def test_a_run_folder_that_may_not_be_changed(
         assert str(mine) in error and "Permission denied" in error and hint.startswith("make it ")
     ended = as_user(server, folder, "eval", f"checkpoint={mine}", "--quiet")
     assert works_or(4, ended) == bool(mode)
+    ended = as_user(server, folder, "report", f"run={mine}", "--quiet")
+    assert not works_or(6 if mode else 4, ended)
     mine.chmod(0o700)
     assert state_of(mine / "last.safetensors") == before
 

@@ -177,6 +177,17 @@ def test_only_what_is_missing_is_fetched(
     assert len(server.requests) == 3 and IMAGES not in server.requests
 
 
+def test_only_what_lacks_is_named(tmp_path: Path) -> None:
+    """In a flat folder too, to which nothing is downloaded."""
+    source, _ = downloads(small())
+    *there, last = source.parts
+    for part in there:
+        (tmp_path / part.file).write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        image_files.load(source, str(tmp_path), "https://127.0.0.1:9/", SHORT)
+    assert caught.value.message.startswith(f"{source.name}: {last.file} not found in ")
+
+
 def test_next_mirror(tmp_path: Path, start: Callable[..., Server], trusted: Any) -> None:
     """Refused, missing, wrong, right."""
     missing, wrong, right = start(), start(), start()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,11 @@ import torch
 from conftest import ROOT, Outcome, Program
 from torch import Tensor
 
-from mnist_cli import checkpoint, conf, dataset, export, scoring
+from mnist_cli import checkpoint, conf, dataset, export, onnx_file, scoring
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.config import ExportConfig, to_plain
 from mnist_cli.dataset import Split
+from mnist_cli.errors import CheckpointError
 from mnist_cli.onnx_file import Answer
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
@@ -224,6 +226,21 @@ def test_an_export_that_differs_leaves_no_file(
     assert (outcome.code, outcome.stdout, len(outcome.stderr.splitlines())) == (8, "", 2)
     assert "tolerance=" in outcome.error
     assert not Path("out").exists() and not (run / "model.onnx").exists()
+
+
+def test_any_damaged_byte_of_an_export_is_noticed(mnist_cli: Program, trained: Trained) -> None:
+    exported(mnist_cli, trained(*LINEAR))
+    whole = Path("out/model.onnx").read_bytes()
+    rng = random.Random(0)
+    for place in rng.sample(range(len(whole)), 150):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.randrange(8)
+        Path("damaged.onnx").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"damaged\.onnx is not an ONNX file"):
+            onnx_file.load(Path("damaged.onnx"))
+    outcome = mnist_cli("eval", "checkpoint=damaged.onnx")
+    assert outcome.code == 4
+    onnx_file.load(Path("out/model.onnx"))
 
 
 def test_an_export_that_differs_leaves_an_older_file(

@@ -29,7 +29,7 @@ from faults import (
     two_lines,
 )
 
-from mnist_cli import checkpoint, loop, outcome, runtime, train, train_step
+from mnist_cli import checkpoint, conf, loop, outcome, runtime, train, train_step
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.console import Console
 from mnist_cli.job import Job
@@ -443,6 +443,63 @@ def test_a_key_that_is_allowed_changes_the_rest_of_the_run(stops: Stops, tmp_pat
     assert (ended.code, ended.stderr) == (0, "")
     assert [float(row["lr"]) for row in metrics_rows(folder)] == [0.001, 0.01, 0.01]
     assert metrics_rows(folder)[0] == stops.outcome["metrics"][0]
+
+
+def test_a_run_that_is_done_keeps_its_records(stops: Stops, tmp_path: Path) -> None:
+    """Nothing is trained, so they would tell of settings that never were."""
+    folder = stops.after(stops.steps[-1], tmp_path / "run")
+    assert here("train", f"resume={folder}", "--quiet").code == 0
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    for word, key in (("optim.lr=0.5", "optim.lr"), ("monitor=val_loss", "monitor")):
+        ended = here("train", f"resume={folder}", word, f"resume_allow=[{key}]", "--quiet")
+        assert ended.code == 2
+        error, hint = two_lines(ended.stderr)
+        assert error.startswith("the run is done after 3 epochs") and "epochs=4" in hint
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_recipe_does_not_mix_with_what_a_run_holds(stops: Stops, tmp_path: Path) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    ended = here("train", f"resume={folder}", "+experiment=cnn_adam", "--quiet")
+    error, hint = two_lines(ended.stderr)
+    assert ended.code == 2 and "+experiment" not in hint
+    assert "experiment= name two configurations" in error
+    recipe = ("train", "+experiment=linear_regression", "epochs=2", "report=false", "--quiet")
+    auto = (*recipe, f"out={tmp_path / 'recipe'}", "resume=auto")
+    assert here(*auto).code == 0
+    assert here(*auto, "epochs=3").code == 0
+    result = json.loads((tmp_path / "recipe/result.json").read_text())
+    assert (result["model"]["name"], result["best"]["epoch"]) == ("linear", 3)
+
+
+def test_all_of_an_option_of_ones_own_is_compared_with_the_run(
+    stops: Stops, tmp_path: Path
+) -> None:
+    """It has the name of the run's optimizer, and another learning rate."""
+    folder = stops.after(33, tmp_path / "run")
+    (tmp_path / "mine/optim").mkdir(parents=True)
+    text = (conf.conf_dir() / "optim/adam.yaml").read_text()
+    (tmp_path / "mine/optim/slow.yaml").write_text(text.replace("lr: 0.001", "lr: 0.0001"))
+    (tmp_path / "mine/optim/same.yaml").write_text(text)
+    words = ("train", f"resume={folder}", "--config-dir", str(tmp_path / "mine"), "--quiet")
+    ended = here(*words, "optim=slow")
+    assert ended.code == 2
+    assert two_lines(ended.stderr)[0].startswith("optim.lr=0.0001 differs from the run's")
+    assert here(*words, "optim=same").code == 0
+    assert outcome_of(folder) == stops.outcome
+
+
+def test_the_selected_weights_are_measured_by_their_own_loss(tmp_path: Path) -> None:
+    """A run goes on with another loss and finds nothing better: `eval` repeats its numbers."""
+    folder = tmp_path / "run"
+    assert here(*TRAIN, "epochs=2", f"out={folder}", "--quiet").code == 0
+    words = ("optim.lr=3", "loss.label_smoothing=0.2", "resume_allow=[optim.lr,loss]")
+    ended = here("train", f"resume={folder}", "epochs=3", *words, "--quiet")
+    assert (ended.code, ended.stderr) == (0, "")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["best"]["epoch"] == 2
+    ended = here("eval", f"checkpoint={folder}", "--json")
+    assert json.loads(ended.stdout)["metrics"] == result["test"]
 
 
 def test_what_does_not_change_the_run_may_differ(stops: Stops, tmp_path: Path) -> None:

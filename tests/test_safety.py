@@ -177,7 +177,8 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "imports": {"signals"},
         "options": {"errors", "typed"}, "plugin_code": {"errors", "options"},
         "console": {"errors"}, "runtime": {"errors"}, "profiler": {"runtime"},
-        "signals": {"errors"}, "strict_json": set(), "typed": {"errors"}, "durable": {"errors"},
+        "signals": {"errors"}, "strict_json": set(), "seal": set(), "typed": {"errors"},
+        "durable": {"errors"},
     },
 }  # fmt: skip
 ORDER = list(LAYERS)

@@ -231,7 +231,7 @@ def _staging(root: Path) -> Iterator[Path]:
 
 
 def _unavailable(source: Source, root: Path, reason: str) -> FilesError:
-    names = [part.file for part in source.missing(root) or source.parts]
+    names = [part.file for part in source.lacking(root) or source.parts]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     hint = (
         "type dataset=digits, which is bundled,"

@@ -98,12 +98,24 @@ class Source:
 
     def find(self, root: Path) -> tuple[Path, ...] | None:
         """The path of each part, from the first folder that has them all."""
-        for folder in (*self.other_folders[:-1], self.folder, *self.other_folders[-1:]):
+        for folder in self._folders:
             paths = [_existing(root / folder, part) for part in self.parts]
             found = tuple(path for path in paths if path is not None)
             if len(found) == len(paths):
                 return found
         return None
+
+    def lacking(self, root: Path) -> tuple[Part, ...]:
+        """The parts that aren't in the folder that has most of them."""
+        lacks = [
+            tuple(part for part in self.parts if _existing(root / folder, part) is None)
+            for folder in self._folders
+        ]
+        return min(lacks, key=len)
+
+    @property
+    def _folders(self) -> tuple[str, ...]:
+        return (*self.other_folders[:-1], self.folder, *self.other_folders[-1:])
 
     def missing(self, root: Path) -> tuple[Part, ...]:
         """The parts that aren't where a download puts them."""

@@ -177,7 +177,11 @@ def folder_of(name: str) -> RunFolder:
         is_folder = False
     if not is_folder:
         raise CheckpointError(f"run={one_line(name, 200)} is not a run folder", hint)
-    if not folder.best.exists() and not folder.last.exists():
+    try:
+        holds_one = folder.best.exists() or folder.last.exists()
+    except OSError as error:
+        raise CheckpointError(f"can't open {folder.path}: {error.strerror}", hint) from error
+    if not holds_one:
         raise CheckpointError(f"run={folder.path} holds no checkpoint", hint)
     return folder
 
