@@ -86,21 +86,34 @@ class Console:
         headers: Sequence[str],
         rows: Sequence[Sequence[str]],
         num_texts: int,
-        caption: str = "",
+        caption: str | None = None,
+        width: int | None = None,
     ) -> Table:
+        """A table; one of a `width` has rows of one line each: the longest text gives way."""
         from rich import box
         from rich.table import Table
 
         is_utf8 = (getattr(self._stream, "encoding", None) or "utf-8").lower().startswith("utf")
         table = Table(
             box=box.SIMPLE_HEAD if is_utf8 else box.ASCII,
-            caption=caption or None,
+            caption=caption,
+            collapse_padding=True,
             caption_justify="left",
         )
         for position, header in enumerate(headers):
             is_text = position < num_texts
             justify: Literal["left", "right"] = "left" if is_text else "right"
-            table.add_column(header, justify=justify, no_wrap=not is_text, overflow="fold")
+            table.add_column(
+                header,
+                justify=justify,
+                no_wrap=width is not None or not is_text,
+                overflow="fold" if width is None else "ellipsis",
+            )
+        if width is not None:
+            widths = [max(map(len, cells)) for cells in zip(headers, *rows, strict=True)]
+            longest = widths.index(max(widths))
+            others = sum(widths) - widths[longest] + 2 * len(widths) + 1  # with what parts them
+            table.columns[longest].max_width = max(1, width - others - 1)
         for row in rows:
             table.add_row(*row)
         return table
@@ -257,7 +270,9 @@ class LiveTable:
         self, headers: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int, caption: str
     ) -> None:
         self._drawn = time.monotonic()
-        self._live.update(self._console._table(headers, rows, num_texts, caption), refresh=True)
+        width = self._live.console.width
+        table = self._console._table(headers, rows, num_texts, caption, width)
+        self._live.update(table, refresh=True)
 
 
 class Bar:

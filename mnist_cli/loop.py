@@ -214,9 +214,9 @@ class SaveClock:
 def epoch_line(row: dict[str, Any], epochs: int, is_best: bool) -> str:
     width = len(str(epochs))
     parts = [f"epoch {row['epoch']:>{width}}/{epochs}", f"lr {row['lr']:.2e}"]
-    parts.append(f"train loss {row['train_loss']:.4f}")
+    parts.append(f"train loss {scoring.cell('loss', row['train_loss'])}")
     if row["val_loss"] is not None:
-        parts.append(f"val loss {row['val_loss']:.4f}")
+        parts.append(f"val loss {scoring.cell('loss', row['val_loss'])}")
     if row.get("val_accuracy") is not None:
         parts.append(f"val accuracy {row['val_accuracy']:.2%}")
     parts += [f"{row['seconds']:.1f} s", f"{row['samples_per_s']:,.0f}/s"]

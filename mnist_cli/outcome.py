@@ -210,7 +210,8 @@ def _learned_line(job: Job, model: nn.Module) -> dict[str, Any]:
 def _banner(run: Run) -> None:
     job, console = run.job, run.console
     config, data = job.config, job.data
-    threads = f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' if count > 1 else ''}" if job.device.type == "cpu" else ""
     console.detail(f"model    {config.model.name}, {num_params(job.model):,} parameters")
     console.detail(
         f"data     {data.spec.name}: {len(data.train):,} to train, {len(data.val):,} to validate,"

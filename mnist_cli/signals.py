@@ -71,6 +71,7 @@ class SignalWatch:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._is_patient = True
 
     def __enter__(self) -> SignalWatch:
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
@@ -85,7 +86,21 @@ class SignalWatch:
         if self.received is None:
             self.received = number
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """In the block a signal raises Interrupted, also one that came before: nothing is lost."""
+        if self.received is not None:
+            _raise(self.received, None)
+        self._is_patient = False
+        try:
+            yield
+        finally:
+            self._is_patient = True
+
     def _note(self, number: int, frame: types.FrameType | None) -> None:
+        if not self._is_patient:
+            self.received = number
+            _raise(number, frame)
         if self.received is not None:
             raise Interrupted(
                 number, "stopped at once by a second signal", "type resume=RUN to continue the run"

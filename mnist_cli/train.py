@@ -70,19 +70,21 @@ def run(
         Interrupted: by a signal, after a checkpoint was written.
     """
     started_s = time.monotonic() if started_s is None else started_s
-    with opened(config, console, typed, started_s) as found:
+    with contextlib.ExitStack() as held:
+        with signals.at_once() if signals else contextlib.nullcontext():
+            found = held.enter_context(opened(config, console, typed, started_s))
         if not isinstance(found, Run):
             return found
-        watching = contextlib.nullcontext(signals) if signals else SignalWatch()
-        with watching as watch, Loggers(console) as loggers:
-            with outcome.recorded(found):
-                outcome.begin(found)
-                loggers.start(found.job.config, found.folder)
-                with cuda_graph.replaying(found.job, console):
-                    reason = fit(found.job, found.folder, console, watch, loggers.log, should_stop)
-                finished = outcome.conclude(found, watch)
-            outcome.show(found, finished.result, reason)
-            loggers.finish(finished)
+        watch = signals or held.enter_context(SignalWatch())
+        loggers = held.enter_context(Loggers(console))
+        with outcome.recorded(found):
+            outcome.begin(found)
+            loggers.start(found.job.config, found.folder)
+            with cuda_graph.replaying(found.job, console):
+                reason = fit(found.job, found.folder, console, watch, loggers.log, should_stop)
+            finished = outcome.conclude(found, watch)
+        outcome.show(found, finished.result, reason)
+        loggers.finish(finished)
     return finished.result
 
 

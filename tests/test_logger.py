@@ -234,7 +234,8 @@ def test_the_run_is_the_same_to_the_last_bit(plain: Path, logged: Path) -> None:
 
 
 def test_a_regression_has_all_but_mistakes(mnist_cli: Program) -> None:
-    import mlflow.pyfunc
+    with warnings.catch_warnings(action="ignore"):  # of its own type hints
+        import mlflow.pyfunc
 
     words = (*LINE, "dataset.num_samples=200", "dataset.val_fraction=0.2", "epochs=2")
     outcome = mnist_cli(*words, f"logger=[{','.join(ALL)}]", "out=runs/line")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -24,9 +25,11 @@ from faults import Child, Server, figure, many, outcome_of, temporaries, two_lin
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console as RichConsole
 
 from mnist_cli import compose, durable, multirun
 from mnist_cli.compose import PARSERS
+from mnist_cli.console import Console
 from mnist_cli.line import parse_line
 from mnist_cli.run import RunFolder
 from mnist_cli.sweep import leaderboard, pool
@@ -367,14 +370,23 @@ def test_a_job_that_cannot_begin_leaves_its_error_and_is_tried_again(
 
 
 def test_a_traceback_goes_to_the_log(mnist_cli: Program, trained: Callable[..., Path]) -> None:
+    """And into the result, but of a run that was completed."""
     shutil.copytree(trained(*TINY), "run")
     config = PARSERS["train"](json.loads(json.dumps(yaml_of(Path("run")))) | {"out": "run"})
-    record(config, "ValueError: odd", "Traceback (most recent call last):\nValueError: odd\n")
+    details = "Traceback (most recent call last):\nValueError: odd\n"
+    before = result_of(Path("run"))
+    record(config, "ValueError: odd", details)
     assert Path("run/train.log").read_text().endswith("ValueError: odd\n")
-    result = RunFolder(Path("run")).read_result()
-    assert result is not None and (result["status"], result["error"]) == (
-        "failed", "ValueError: odd",
-    )  # fmt: skip
+    assert result_of(Path("run")) == before
+    RunFolder(Path("run")).write_result(before | {"status": "interrupted"})
+    record(config, "ValueError: odd", details)
+    assert result_of(Path("run")) == before | {"status": "failed", "error": "ValueError: odd"}
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    found = RunFolder(run).read_result()
+    assert found is not None
+    return found
 
 
 def yaml_of(run: Path) -> Any:
@@ -388,6 +400,13 @@ def test_fail_fast_starts_nothing_more(mnist_cli: Program) -> None:
     outcome = mnist_cli(*words, "out=a", "sweep.fail_fast=true")
     assert outcome.code == 1
     assert len(json.loads(outcome.stdout)["jobs"]) == len(folders(Path("a"))) == 2
+    assert [row["state"] for row in board_of(Path("a"))["rows"]] == [
+        "completed", "diverged", "waiting",
+    ]  # fmt: skip
+    [log] = Path("a").glob("optim.lr=1e+30-*/train.log")
+    assert "Traceback (most recent call last)" in log.read_text()
+    assert mnist_cli("report", "run=a").code == 0
+    assert "waiting" in Path("a/report.html").read_text()
     assert mnist_cli(*words, "out=b").code == 1
     assert len(folders(Path("b"))) == 3
 
@@ -454,7 +473,8 @@ def test_to_go_on_takes_the_words_of_the_sweep(mnist_cli: Program) -> None:
     words = ("train", "-m", *TINY, "epochs=1")
     assert mnist_cli(*words, "out=a", "--quiet").code == 0
     before = sorted(os.listdir("a"))
-    assert [name[:4] for name in before] == ["job-", "lead", "lead", "lead"]  # nothing differs
+    # Nothing differs.
+    assert [name[:4] for name in before] == [".loc", "job-", "lead", "lead", "lead"]
     outcome = mnist_cli("train", "-m", "sweep.resume=a", "sweep.jobs=1")
     assert outcome.code == 2
     assert outcome.error == "sweep.resume=a alone would train the defaults there"
@@ -622,6 +642,77 @@ def test_two_at_once_one_of_them_killed_give_the_bits_of_one_alone(
         line = ["train", *TINY, "epochs=40", f"seed={seed}", f"out={alone}", "--quiet"]
         assert server.run(faults.program, line).code == 0
         assert outcome_of(path) == outcome_of(alone)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("fused", ["true", "false"])
+def test_a_signal_while_a_job_ends_ends_the_sweep(
+    server: Server, tmp_path: Path, number: int, fused: str
+) -> None:
+    """At an instant when the job, or the stack, has looked for signals for the last time."""
+    sweep = tmp_path / "sweep"
+    words = ["train", "-m", *TINY, "optim=adam,sgd", "seed=0,1,2", f"sweep.fused={fused}"]
+    ended = server.run(faults.program_signalled_at_the_end, [*words, f"out={sweep}"], number)
+    assert ended.code == 128 + number
+    num_done = {"true": 3, "false": 1}[fused]
+    assert f"{6 - num_done} of 6 jobs left" in two_lines(ended.stderr)[0]
+    assert len(states(sweep)) == num_done
+    rows = board_of(sweep)["rows"]
+    assert [row["config"]["optim"] for row in rows] == ["adam", "sgd"]
+    assert [row["state"] for row in rows] == ["completed", "waiting"]
+    assert rows[1]["jobs"] == rows[1]["failed"] == []
+    assert server.run(faults.program, [*words, f"sweep.resume={sweep}"]).code == 0
+    assert len(states(sweep)) == 6
+
+
+def test_a_run_is_no_sweep_to_go_on_with(mnist_cli: Program, trained: Callable[..., Path]) -> None:
+    run = trained(*TINY)
+    before = sorted(os.listdir(run))
+    outcome = mnist_cli("train", "-m", *TINY, "seed=1,2", f"sweep.resume={run}")
+    assert outcome.code == 2
+    assert outcome.error == f"sweep.resume={run} is the folder of one run"
+    assert sorted(os.listdir(run)) == before
+
+
+@given(
+    st.lists(st.text("abc = ", max_size=150), min_size=1, max_size=5),
+    st.integers(40, 150),
+)
+@settings(max_examples=30, deadline=None)
+def test_law_rows_of_a_live_table_stand_on_one_line_each(words: list[str], width: int) -> None:
+    rows = [[str(100 + number), word, "epoch 7/40", "98.61%"] for number, word in enumerate(words)]
+    table = Console()._table(("job", "what differs", "state", "best"), rows, 3, "", width)
+    out = io.StringIO()
+    RichConsole(file=out, width=width).print(table)
+    lines = [line for line in out.getvalue().splitlines() if "epoch" in line]
+    assert len(lines) == len(rows)
+    for number, line in enumerate(lines):
+        assert line.split()[0] == str(100 + number) and "epoch 7/40  98.61%" in line
+
+
+def test_a_sweep_is_run_by_one_process_at_a_time(server: Server, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    words = ["train", "-m", *TINY, "epochs=60", "seed=0,1", ALONE, "--quiet"]
+    child = server.start(faults.program, [*words, f"out={sweep}"])
+    child.wait_for(lambda: any(sweep.glob("*/metrics.csv")))
+    second = server.run(faults.program, [*words, f"sweep.resume={sweep}"])
+    assert second.code == 7
+    assert f"{sweep} is in use by process {child.pid}" in two_lines(second.stderr)[0]
+    assert (child.wait().code, len(states(sweep))) == (0, 2)
+
+
+def test_a_run_that_went_further_than_the_sweep_keeps_its_result(mnist_cli: Program) -> None:
+    words = ("train", "-m", *TINY, "seed=0,1", ALONE, "--quiet")
+    assert mnist_cli(*words, "out=a").code == 0
+    [run] = Path("a").glob("seed=1-*")
+    assert mnist_cli("train", f"resume={run}", "epochs=3", "--quiet").code == 0
+    before = result_of(run)
+    outcome = mnist_cli(*words, "sweep.resume=a", "--json")
+    assert outcome.code == 1
+    [failed] = [job for job in json.loads(outcome.stdout)["jobs"] if "exit_code" in job]
+    assert "epochs=2 differs from the run's epochs=3" in failed["error"]
+    assert failed["status"] == "completed"
+    assert result_of(run) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -831,6 +922,8 @@ def test_a_search_with_two_at_once(server: Server, tmp_path: Path) -> None:
         (("optim.lr=interval(0.1,1)",), "can't be counted", "add sweep.search=optuna"),
         (("sweep.search=optuna",), "has nothing to choose", "interval(1e-4, 1e-1)"),
         (("sweep.search=optuna", "seed=0,1"), "doesn't choose the seed", "one seed"),
+        (("sweep.search=optuna", "epochs=interval(1,3)"), "epochs=1.63662 has the wrong", "whole"),
+        (("sweep.search=optuna", "epochs=range(1,3.5,0.5)"), "epochs=1.5 has the wrong", "whole"),
         (("sweep.search=optuna", "optim.lr=interval(-1,1)"), "optim.lr=-1 is out of", "above 0"),
         (("sweep.search=optuna", "optim.lr=interval(1,0.1)"), "no range to search", "smaller end"),
         (("sweep.search=optuna", "optim.lr=tag(log,interval(0,1))"), "no range", "above 0"),

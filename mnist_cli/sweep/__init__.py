@@ -88,10 +88,24 @@ def run(
 
     Raises:
         UsageError: the folder doesn't fit; nothing was written.
+        LockedError: another process runs the sweep.
     """
     group.check(_configs(jobs), settings)
     folder = folder_of(jobs, settings)
     assert folder is not None
+    with durable.locked(folder):
+        return _run_in(folder, jobs, settings, console, draw, draw_sweep)
+
+
+def _run_in(
+    folder: Path,
+    jobs: Sequence[Job],
+    settings: SweepConfig,
+    console: Console,
+    draw: Callable[[Job, Document, Console], None],
+    draw_sweep: DrawSweep,
+) -> int:
+    """As `run`, in the folder of the sweep, which is held."""
     labels: dict[str, tuple[Job, str]] = {}
     shared = shared_words(jobs)
     for job in jobs:
@@ -111,7 +125,8 @@ def run(
         for out, (job, _) in labels.items():
             if out in grid.documents:
                 draw(job, grid.documents[out], console)
-    code = finish(console, folder, documents, len(labels), stopped_by)
+    waiting = [job for out, (job, _) in labels.items() if out not in grid.documents]
+    code = finish(console, folder, documents, len(labels), stopped_by, waiting=waiting)
     if stopped_by is None:
         draw_sweep(jobs[0].config, folder, console)
     return code
@@ -237,7 +252,8 @@ def record_cut_off(jobs: Sequence[Job], folder: Path, error: str) -> None:
         if Path(there.out).is_dir():
             result = RunFolder(Path(there.out)).read_result() or {}
             if result.get("status") != "completed" and result.get("error") is None:
-                record(there, error)  # but not where it still runs: that folder is locked
+                # But not where it still runs: that folder is locked.
+                record(there, error, f"error: {error}\n")
 
 
 def _configs(jobs: Sequence[Job]) -> list[TrainConfig]:
@@ -257,6 +273,7 @@ def finish(
     stopped_by: int | None = None,
     of_search: dict[str, Any] | None = None,
     gave_up: str | None = None,
+    waiting: Sequence[Job] = (),
 ) -> int:
     """Write and show the leaderboard of all that lies in `folder`, and return the exit code.
 
@@ -266,20 +283,24 @@ def finish(
         stopped_by: the number of the signal that ended the sweep early.
         of_search: what a search adds to leaderboard.json.
         gave_up: why a launcher of Hydra didn't see all jobs to their end.
+        waiting: jobs that were not started.
     """
     if documents is None:
         documents = leaderboard.results_in(folder)
     failed = [document for document in documents if has_failed(document)]
     failures = {Path(d["run_dir"] or "").name: d["error"] for d in failed if "exit_code" in d}
-    board = leaderboard.build(folder, failures) | (of_search or {})
+    board = leaderboard.build(folder, failures, _configs(waiting)) | (of_search or {})
     leaderboard.write(folder, board)
     leaderboard.show(board, console)
+    nowhere = Counter(document["error"] for document in failed if document["run_dir"] is None)
+    for error, count in nowhere.items():
+        console.say(f"failed   {count} without a folder: {error}")
     if of_search is not None:
         study.show(board, console.say)
     console.say(f"sweep    {folder}")
     document = {
         "sweep_dir": str(folder),
-        "jobs": list(documents),
+        "jobs": [_with_result(document) for document in documents],
         "leaderboard": board["rows"],
         "winner": board["winner"],
     }
@@ -298,6 +319,13 @@ def finish(
         console.document(document)
         return 0
     return _show_failures(console, len(failed), num_jobs, f" in {folder}", again, document)
+
+
+def _with_result(document: Document) -> Document:
+    """`document`, and of a failure what its run left in result.json."""
+    if "exit_code" not in document or document["run_dir"] is None:
+        return document
+    return (RunFolder(Path(document["run_dir"])).read_result() or {}) | document
 
 
 def each(jobs: Sequence[Job], console: Console, command: Callable[[Job, Console], Any]) -> int:

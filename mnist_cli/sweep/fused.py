@@ -32,14 +32,14 @@ OnEpoch = Callable[[Job, int, float | None], object]
 OnEnd = Callable[[Job, Document], None]
 
 
-def run(jobs: Sequence[Job], given: SignalWatch | None, on_epoch: OnEpoch, on_end: OnEnd) -> None:
+def run(jobs: Sequence[Job], signals: SignalWatch, on_epoch: OnEpoch, on_end: OnEnd) -> None:
     """Train jobs of one group together, whatever happens to some of them.
 
     Jobs that were cut off at different steps, and those whose data together would take too much
     memory, are trained in several stacks, one after the other.
 
     Args:
-        given: the watch of a process that runs job after job; None for one of the stack's own.
+        signals: the watch of a process that runs job after job.
         on_epoch: told the number and the monitored value of each job's epoch, when all is saved.
         on_end: told the result of each job, or its failure.
 
@@ -47,12 +47,11 @@ def run(jobs: Sequence[Job], given: SignalWatch | None, on_epoch: OnEpoch, on_en
         Interrupted: by a signal, after checkpoints were written.
     """
     left = sorted(jobs, key=_seed)
-    with contextlib.nullcontext(given) if given else SignalWatch() as signals:
-        while left:
-            with contextlib.ExitStack() as held:
-                members = sorted(_open(left, held, on_end), key=_step)
-                for _, alike in itertools.groupby(members, _step):
-                    _Stack(list(alike), signals, on_epoch, on_end).train()
+    while left:
+        with contextlib.ExitStack() as held:
+            members = sorted(_open(left, held, on_end), key=_step)
+            for _, alike in itertools.groupby(members, _step):
+                _Stack(list(alike), signals, on_epoch, on_end).train()
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,8 +32,8 @@ from mnist_cli.config import (
 from mnist_cli.console import Console
 from mnist_cli.errors import (
     Interrupted,
+    LockedError,
     MnistCliError,
-    PluginError,
     PrunedError,
     UsageError,
     one_line,
@@ -83,9 +83,10 @@ def folder_of(jobs: Sequence[Job], settings: SweepConfig | None) -> Path | None:
                 "leave out= away: a sweep goes on in its own folder",
             )
         folder = Path(os.path.expanduser(settings.resume))
-        if not folder.is_dir():
+        if not folder.is_dir() or runs.holds_run(folder):
+            what = "the folder of one run" if folder.is_dir() else "not a folder"
             raise UsageError(
-                f"sweep.resume={folder} is not a folder",
+                f"sweep.resume={folder} is {what}",
                 "name the folder of a sweep: sweep.resume=outputs/sweep/SWEEP",
             )
         if not any(job.words for job in jobs) and not any(folder.glob(f"*{_ending(jobs[0])}")):
@@ -225,14 +226,14 @@ def run_job(
 
 def run_jobs(
     jobs: Sequence[Job],
-    signals: SignalWatch | None,
+    signals: SignalWatch,
     on_epoch: Callable[[Job, int, float | None], bool],
     on_end: Callable[[Job, Document], None],
 ) -> None:
     """Train one job, or several as one stack.
 
     Args:
-        signals: as in `run_job`.
+        signals: the watch of a process that runs job after job.
         on_epoch: `should_stop` of each job; a stack tells it, and goes on.
         on_end: told each job's result, or its failure.
 
@@ -258,11 +259,8 @@ def failed(error: Exception, job: Job) -> Document:
     assert isinstance(config, TrainConfig)
     if isinstance(error, PrunedError):
         return RunFolder(Path(config.out or "")).read_result() or document
-    if not isinstance(error, MnistCliError) or isinstance(error, PluginError):
-        details = "".join(traceback.format_exception(error))
-        record(config, document["error"], details)
-    elif error.exit_code != 7:  # else the folder is somebody else's
-        record(config, document["error"])
+    if document["exit_code"] != LockedError.exit_code:  # else the folder is somebody else's
+        record(config, document["error"], "".join(traceback.format_exception(error)))
     return document
 
 
@@ -286,23 +284,26 @@ def has_failed(document: Document) -> bool:
     )
 
 
-def record(config: TrainConfig, message: str, details: str = "") -> None:
+def record(config: TrainConfig, message: str, details: str) -> None:
     """Leave a failure in the folder of the job, where the run itself could not.
 
+    The result of a run that was completed stands: nothing of it is lost.
+
     Args:
-        details: a traceback, for train.log.
+        details: a traceback, or what else there is to say, for train.log.
     """
     path = Path(config.out or "")
     with contextlib.suppress(MnistCliError, OSError):
         path.mkdir(parents=True, exist_ok=True)
         with runs.reopen(path) as folder:
-            if details:
-                with open(path / "train.log", "a", encoding="utf-8") as log:
-                    log.write(details)
+            with open(path / "train.log", "a", encoding="utf-8") as log:
+                log.write(details)
             before = folder.read_result()
             if before is None:
                 folder.write_config(config)
-            if before is None or before.get("error") != message:
+            if before is None or (
+                before["status"] != "completed" and before.get("error") != message
+            ):
                 folder.write_result((before or _nothing(config)) | {
                     "status": "failed", "error": message,
                 })  # fmt: skip

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from mnist_cli import conf, durable
-from mnist_cli.config import FREE_KEYS
+from mnist_cli.config import FREE_KEYS, TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import one_line
-from mnist_cli.run import LARGEST_METRIC, RunFolder
+from mnist_cli.run import LARGEST_METRIC, RunFolder, command_of
 
 SCHEMA = 1
 NAME = "leaderboard"
@@ -46,7 +46,7 @@ class Entry:
 
     Attributes:
         config: the keys of its command, as typed; empty where the run never came that far.
-        state: completed, pruned, interrupted, diverged or failed.
+        state: completed, pruned, interrupted, diverged, failed, or waiting for its start.
         value: of `monitor`, at the best epoch.
         test: (accuracy or mse, value), of a completed run.
     """
@@ -77,20 +77,27 @@ def results_in(folder: Path) -> list[dict[str, Any]]:
 def command_in(folder: Path) -> dict[str, str]:
     """{key: value as typed} of overrides.txt in a run folder; empty where there is none."""
     try:
-        words = shlex.split(_text(folder / "overrides.txt"))
+        return _typed_in(_text(folder / "overrides.txt"))
     except (OSError, ValueError):
         return {}
-    return {key: value for key, equals, value in (w.partition("=") for w in words) if equals}
 
 
-def build(folder: Path, failures: dict[str, str] | None = None) -> dict[str, Any]:
+def _typed_in(command: str) -> dict[str, str]:
+    words = (word.partition("=") for word in shlex.split(command))
+    return {key: value for key, equals, value in words if equals}
+
+
+def build(
+    folder: Path, failures: dict[str, str] | None = None, waiting: Sequence[TrainConfig] = ()
+) -> dict[str, Any]:
     """What leaderboard.json holds.
 
     Args:
         failures: why jobs failed, by the name of their folder, where the folder doesn't say so:
             another process is at it.
+        waiting: of jobs that were not started, and have no folder.
     """
-    entries = read(folder)
+    entries = [*read(folder), *map(_waiting, waiting)]
     columns = _columns(entry.config for entry in entries)
     rows: dict[tuple[tuple[str, str], ...], list[Entry]] = {}
     for entry in entries:
@@ -130,7 +137,8 @@ def write(folder: Path, board: dict[str, Any]) -> None:
 def show(board: dict[str, Any], console: Console) -> None:
     """The table, what failed, and the winner with the command that repeats it."""
     told = short_cell if "objectives" in board else cell
-    headers, rows = _cells(board, told)
+    started = [row for row in board["rows"] if row["state"] != "waiting"]
+    headers, rows = _cells(board | {"rows": started}, told)
     if rows:
         console.table(headers, rows, num_texts=1 + len(board["columns"]))
     failed = [job for row in board["rows"] for job in row["failed"]]
@@ -138,6 +146,8 @@ def show(board: dict[str, Any], console: Console) -> None:
         console.say(f"{job['state']:<8} {job['job']}: {job['error'] or 'cut off'}")
     if len(failed) > MAX_SHOWN:
         console.say(f"and {len(failed) - MAX_SHOWN} more, in {NAME}.md")
+    if num_waiting := len(board["rows"]) - len(started):
+        console.say(f"waiting  {num_waiting} of {len(board['rows'])} configurations, not started")
     console.say(f"ranked   {board['ranked_by']}")
     if board["winner"] is not None:
         console.say(f"winner   {_sentence(board['winner'], told)}")
@@ -171,6 +181,14 @@ def _entry(folder: Path) -> Entry | None:
         value=_number(best.get("value")),
         test=None if score is None else (metric, score),
         train_s=_number(times.get("train_s")),
+    )
+
+
+def _waiting(config: TrainConfig) -> Entry:
+    """A job that was not started."""
+    unknown = dict.fromkeys(("error", "monitor", "value", "test", "train_s"))
+    return Entry(
+        name="", config=_typed_in(command_of(config)), state="waiting", seed=config.seed, **unknown
     )
 
 
@@ -215,7 +233,9 @@ def _row(
     done = {e.seed: e for e in entries if e.state == "completed" and e.name not in failures}
     first = next(iter(done.values()), entries[0])
     failed = [
-        e for e in entries if e.seed not in done and (e.state != "pruned" or e.name in failures)
+        e
+        for e in entries
+        if e.seed not in done and (e.state not in ("pruned", "waiting") or e.name in failures)
     ]
     monitors = {e.monitor for e in done.values()}
     values = [e.value for e in done.values() if e.value is not None]
@@ -230,7 +250,7 @@ def _row(
         "state": "completed" if done else first.state,
         "n": len(done),
         "seeds": sorted(seed for seed in done if seed is not None),
-        "metric": first.monitor if is_whole else None,
+        "metric": first.monitor if is_whole or not done else None,
         "mean": mean,
         "std": std,
         "best_so_far": first.value if not done else None,
@@ -238,7 +258,7 @@ def _row(
         "test_mean": test_mean,
         "test_std": test_std,
         "train_s": statistics.fmean(times) if times else None,
-        "jobs": [entry.name for entry in entries],
+        "jobs": [entry.name for entry in entries if entry.state != "waiting"],
         "failed": [
             {"job": e.name, "state": e.state, "error": failures.get(e.name, e.error)}
             for e in failed
@@ -310,8 +330,9 @@ def _what_ranks(metric: str | None, rows: Sequence[dict[str, Any]], rest: set[st
 
 def _cells(board: dict[str, Any], told: Callable[[Any], str]) -> tuple[list[str], list[list[str]]]:
     metric = next((row["metric"] for row in board["rows"] if row["metric"]), "value")
-    test = next((row["test_metric"] for row in board["rows"] if row["test_metric"]), "test")
-    headers = ["", *board["columns"], "n", metric, f"test {test}", "train s"]
+    tests = (row["test_metric"] for row in board["rows"] if row["test_metric"])
+    test = next((f"test {name}" for name in tests), "test")
+    headers = ["", *board["columns"], "n", metric, test, "train s"]
     rows = [
         [
             str(row["rank"] or "-"),

@@ -52,11 +52,15 @@ def run(plan: Plan, num_jobs: int) -> int | None:
 
 
 def _run_here(plan: Plan) -> int | None:
-    while True:
+    """One watch for all jobs: a signal while one ends is not lost on the next."""
+    with SignalWatch() as signals:
         try:
-            if not (jobs := plan.next_jobs()):
-                return None
-            run_jobs(jobs, None, plan.should_stop, plan.ended)
+            while True:
+                with signals.at_once():
+                    jobs = plan.next_jobs()
+                if not jobs:
+                    return None
+                run_jobs(jobs, signals, plan.should_stop, plan.ended)
         except Interrupted as error:
             return error.exit_code - 128
 
@@ -193,7 +197,7 @@ def _note_end(worker: Worker, plan: Plan, signals: SignalWatch) -> None:
     for place in sorted(worker.left):
         job = worker.jobs[place]
         assert isinstance(job.config, TrainConfig)
-        record(job.config, error.message)
+        record(job.config, error.message, f"error: {error.message}\nhint: {error.hint}\n")
         plan.ended(job, failure(error, job))
 
 

@@ -43,8 +43,11 @@ class Numbers(NamedTuple):
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """As of a choice."""
-        return (self.low, self.high)
+        """As of a choice, and one between: not every key takes numbers that aren't whole."""
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return (self.low, self.high)
+        between = self.low + (self.step or (self.high - self.low) / math.pi)
+        return (self.low, self.high, min(between, self.high))
 
     def points(self) -> Sequence[Any]:
         """As of a choice. Raises UsageError: the numbers of an interval can't be counted."""
