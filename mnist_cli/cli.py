@@ -124,7 +124,7 @@ def _run(line: Line, console: Console, started_s: float) -> int:
     from mnist_cli.imports import importing
 
     if line.is_multirun and line.command == "demo":
-        raise UsageError("demo shows one checkpoint, and -m asks for several", "leave -m away")
+        raise UsageError("demo shows one checkpoint, and -m asks for several", "leave -m out")
     with importing():
         from mnist_cli import compose
     if line.speaks_of_hydra:

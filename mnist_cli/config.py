@@ -208,7 +208,7 @@ def train_config(data: object) -> TrainConfig:
         if config.out is not None:
             raise UsageError(
                 f"resume={config.resume} and out={config.out} name two folders",
-                "leave out= away: a run is continued in its own folder",
+                "leave out= out: a run is continued in its own folder",
             )
         return config  # what was typed goes with what the run holds, and is checked with it
     _check_task(config)
@@ -232,7 +232,7 @@ def sweep_config(data: object) -> SweepConfig:
     if config.fused == "true" and config.search == "optuna":
         raise UsageError(
             "sweep.fused=true doesn't go with sweep.search=optuna, which chooses job after job",
-            "leave either away",
+            "leave either out",
         )
     for name in config.objectives:
         if name not in OBJECTIVES:
@@ -316,7 +316,7 @@ def report_config(data: object) -> ReportConfig:
 
 def _check_out(out: str | None) -> None:
     if out is not None and not out.strip():
-        raise UsageError("out= is empty", "name a folder (out=DIR), or leave it away")
+        raise UsageError("out= is empty", "name a folder (out=DIR), or leave it out")
 
 
 def _check_checkpoint(checkpoint: str, command: str) -> None:

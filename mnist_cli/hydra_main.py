@@ -90,7 +90,7 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
     if folder is None and launcher != BASIC:
         raise UsageError(
             f"{LAUNCHER}={launcher} is for train: nothing brings back what {line.command} prints",
-            f"leave {LAUNCHER}= away",
+            f"leave {LAUNCHER}= out",
         )
     own = list(overrides)
     if folder is not None:  # a process on another machine may stand in another folder
@@ -167,7 +167,7 @@ def _refuse_own_keys(parsed: Sequence[Override]) -> None:
         if compose.is_sweep_key(override) and override.key_or_group != "sweep.resume":
             raise UsageError(
                 f"{shown(override.input_line)} doesn't go with hydra. keys: Hydra runs the jobs",
-                "leave either away",
+                "leave either out",
             )
 
 

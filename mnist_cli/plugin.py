@@ -134,5 +134,5 @@ def _taken(group: str) -> set[str]:
 def _broken(point: EntryPoint, reason: str) -> UsageError:
     return UsageError(
         f"the plugin '{point.name}' ({point.value}) can't be used: {reason}",
-        "mend or update its package, or leave it away",
+        "mend or update its package, or leave it out",
     )

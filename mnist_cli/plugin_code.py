@@ -66,5 +66,5 @@ def _place_in(package: str, error: BaseException) -> str | None:
 def _plugin_error(what: str, error: BaseException, place: str) -> PluginError:
     return PluginError(
         f"the plugin {what}: {type(error).__name__}: {error}",
-        f"mend {place}, update its package, or leave it away",
+        f"mend {place}, update its package, or leave it out",
     )

@@ -73,7 +73,7 @@ class Demo(NamedTuple):
         return int(urlsplit(self.url).port or 80)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str | None) -> Reply:
-        """One request, as the page sends it but for `headers`; None leaves a header away."""
+        """One request, as the page sends it but for `headers`; None leaves a header out."""
         sent = {"Host": self.host, "Origin": self.url.rstrip("/")}
         if body is not None:
             sent["Content-Type"] = "application/octet-stream"
@@ -444,7 +444,7 @@ def test_a_port_that_is_taken_is_refused(mnist_cli: Program, served: Demo) -> No
     outcome = mnist_cli("demo", f"checkpoint={served.checkpoint}", f"port={served.port}", "--json")
     assert outcome.code == 2
     assert outcome.error == f"port={served.port} can't be used: Address already in use"
-    assert outcome.hint == "type another one, or leave port= away to get a free one"
+    assert outcome.hint == "type another one, or leave port= out to get a free one"
     assert json.loads(outcome.stdout)["exit_code"] == 2
 
 

@@ -514,7 +514,7 @@ def test_what_fails_in_a_plugin_only_after_some_steps_names_it_too(
     ended = mnist_cli("train", *words, f"out={run}")
     line = 1 + FAILING.splitlines().index("            return {0: 1.0, 1: 1.0}[step]")
     message = "the plugin 'bad' failed: KeyError: 2"
-    hint = f"mend line {line} of {failing}, update its package, or leave it away"
+    hint = f"mend line {line} of {failing}, update its package, or leave it out"
     assert ended[::2] == (2, f"error: {message}\nhint: {hint}\n")
     assert json.loads((run / "result.json").read_text())["error"] == message
     ended = mnist_cli(

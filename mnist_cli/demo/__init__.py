@@ -67,7 +67,7 @@ def _listening(port: int) -> socket.socket:
         listening.close()
         raise UsageError(
             f"port={port} can't be used: {error.strerror}",
-            "type another one, or leave port= away to get a free one",
+            "type another one, or leave port= out to get a free one",
         ) from error
     return listening
 
