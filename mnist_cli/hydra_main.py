@@ -172,10 +172,8 @@ def _refuse_own_keys(parsed: Sequence[Override]) -> None:
 
 
 def _hydra_main(line: Line, overrides: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
-    if compose.IS_13 and sys.version_info >= (
-        3,
-        14,
-    ):  # hydra#3121: its help text fails argparse's check
+    if compose.IS_13 and sys.version_info >= (3, 14):
+        # hydra#3121: its help text fails argparse's check
         argparse.ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]
     search = compose.searched(plugin.folders(line.plugins))
     arguments, sys.argv = sys.argv, ["mnist-cli", *line.hydra, *search, *overrides]

@@ -165,7 +165,10 @@ def _union(kinds: tuple[Any, ...], data: Any, path: str) -> Any:
 
 
 def option_names(kind: Any) -> tuple[str, ...]:
-    """The values that the `name` of a group option's dataclass may have."""
+    """The values that the `name` of a group option's dataclass may have.
+
+    None for the classes that plugins inherit from, whose `name` is any text.
+    """
     return get_args(_hints(kind)["name"])
 
 

@@ -21,13 +21,16 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mnist_cli import durable
 from mnist_cli.config import ReportConfig
 from mnist_cli.console import Console
 from mnist_cli.imports import importing
 from mnist_cli.run import RunFolder, unique_folder
+
+if TYPE_CHECKING:
+    from mnist_cli.report.sweep_record import SweepRecord
 
 COMPARISONS = "outputs/report"
 
@@ -87,23 +90,24 @@ def draw(folder: RunFolder, console: Console) -> None:
 
 def draw_sweep(folder: Path, console: Console) -> None:
     """The page of a sweep that has just ended, into its folder. Raises what `run` raises."""
-    with importing():
-        from mnist_cli.report import sweep_page, sweep_record
-
-    path = folder / "report.html"
-    durable.write(path, _encoded(sweep_page.render(sweep_record.load(folder))))
+    path, (_, html) = folder / "report.html", _sweep_page(folder)
+    durable.write(path, _encoded(html))
     console.detail(f"report   {path}")
 
 
 def _of_sweep(folder: Path, config: ReportConfig, console: Console) -> dict[str, Any]:
+    record, html = _sweep_page(folder)
+    path = (folder if config.out is None else Path(config.out)) / "report.html"
+    runs = [str(folder / job) for row in record.rows for job in row.jobs]
+    return _write(path, html, console) | {"sweep_dir": str(folder), "runs": runs}
+
+
+def _sweep_page(folder: Path) -> tuple[SweepRecord, str]:
     with importing():
         from mnist_cli.report import sweep_page, sweep_record
 
     record = sweep_record.load(folder)
-    path = (folder if config.out is None else Path(config.out)) / "report.html"
-    runs = [str(folder / job) for row in record.rows for job in row.jobs]
-    document = {"sweep_dir": str(folder), "runs": runs}
-    return _write(path, sweep_page.render(record), console) | document
+    return record, sweep_page.render(record)
 
 
 def _write(path: Path, html: str, console: Console) -> dict[str, Any]:

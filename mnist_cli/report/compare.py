@@ -131,7 +131,7 @@ def _curves(a: Record, b: Record) -> dict[str, Markup]:
     drawn = {}
     for column, name in columns:
         lines = [
-            Line(who, ink, *_column(record, column))
+            Line(who, ink, *record.column(column))
             for who, ink, record in (("A", FIRST, a), ("B", SECOND, b))
         ]
         told = " ".join(f"{line.name}: {line.y[-1]:.4g} at the end." for line in lines if line.x)
@@ -139,11 +139,6 @@ def _curves(a: Record, b: Record) -> dict[str, Markup]:
             percent = column == "val_accuracy"
             drawn[name] = plots.curves(lines, f"{name} over epochs. {told}", percent=percent)
     return drawn
-
-
-def _column(record: Record, column: str) -> tuple[list[float], list[float]]:
-    rows = [row for row in record.epochs if "epoch" in row and column in row]
-    return [row["epoch"] for row in rows], [row[column] for row in rows]
 
 
 def _settings(a: Record, b: Record) -> list[tuple[str, str | None, str | None]]:

@@ -149,6 +149,11 @@ class Record:
     def spec(self) -> DatasetSpec:
         return self.checkpoint.spec
 
+    def column(self, name: str) -> tuple[list[float], list[float]]:
+        """The epochs that have a value in a column of metrics.csv, and the values."""
+        rows = [row for row in self.epochs if "epoch" in row and name in row]
+        return [row["epoch"] for row in rows], [row[name] for row in rows]
+
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, in the order of the layers; a file holds them in another."""
         return self.checkpoint.build_model(torch.device("cpu")).state_dict()

@@ -73,8 +73,7 @@ def best_is_chosen(record: Record) -> bool:
 
 
 def _line_of(record: Record, column: str, name: str, ink: str) -> Line:
-    rows = [row for row in record.epochs if "epoch" in row and column in row]
-    return Line(name, ink, [row["epoch"] for row in rows], [row[column] for row in rows])
+    return Line(name, ink, *record.column(column))
 
 
 def _told(lines: list[Line]) -> str:
