@@ -99,17 +99,17 @@ def _dispatch(line: Line, console: Console, started_s: float) -> int:
         text = usage.command_usage(line.command, line.config_dirs)
         console.answer(text, {"help": text})
     elif line.command == "list":
-        groups = [word.lstrip("+") for word in line.overrides if not word.startswith("plugin=")]
-        group = groups[0] if groups else None
+        named = [word.lstrip("+") for word in line.overrides if not word.startswith("plugin=")]
         if useless := line.hydra_flags - {"-cd", "--config-dir"}:
             raise UsageError(
                 f"list composes nothing, so {min(useless)} has nothing to act on",
                 "type mnist-cli list",
             )
-        if len(groups) > 1:
+        if len(named) > 1:
             raise UsageError("list takes one group at most", "type mnist-cli list model")
-        data = usage.list_data(group, line.config_dirs)
-        console.answer(usage.list_text(group, line.config_dirs), data)
+        what = named[0] if named else None
+        data = usage.list_data(what, line.config_dirs)
+        console.answer(usage.list_text(what, line.config_dirs), data)
     else:
         return _run(line, console, started_s)
     return 0

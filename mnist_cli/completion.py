@@ -166,7 +166,9 @@ def complete(words: Sequence[str], current: str) -> list[str]:
     if command is None:
         return _matching(conf.COMMANDS, current)
     if command == "list":
-        return [] if rest else _matching((*conf.GROUPS, conf.EXPERIMENT), current)
+        names = conf.options(key, config_dirs) if equals else (*conf.GROUPS, conf.EXPERIMENT)
+        prefix = f"{key}=" if equals else ""
+        return [] if rest else _matching((f"{prefix}{name}" for name in names), current)
     if equals:
         done, comma, _ = value.rpartition(",")
         taken = done.split(",")

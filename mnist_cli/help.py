@@ -51,7 +51,7 @@ EXAMPLES = {
         "mnist-cli report run=runs/cnn,runs/mlp out=compared",
         "mnist-cli report run=outputs/sweep/SWEEP --json",
     ),
-    "list": ("mnist-cli list", "mnist-cli list optim", "mnist-cli list --json"),
+    "list": ("mnist-cli list", "mnist-cli list optim=adam", "mnist-cli list --json"),
 }
 
 
@@ -101,58 +101,69 @@ def command_usage(command: str, config_dirs: Sequence[str | Path] = ()) -> str:
     if keys:
         title = "Keys, their defaults and meanings"
         if chosen:
-            title += " (mnist-cli list shows the keys of the other options)"
+            title += " (mnist-cli list model=mlp shows those of another option)"
         parts.append(f"{title}:\n{_key_rows(keys)}")
     return _join(*parts, _examples(command), "Flags: " + " ".join(conf.FLAGS))
 
 
 def list_data(
-    group: str | None = None, config_dirs: Sequence[str | Path] = ()
+    what: str | None = None, config_dirs: Sequence[str | Path] = ()
 ) -> dict[str, list[dict[str, Any]]]:
     """What can be chosen, for `list --json`: group -> [{name, description, keys: {key: default}}].
 
+    Args:
+        what: GROUP or GROUP=OPTION; None for all.
+
     Raises:
-        UsageError: there is no such group.
+        UsageError: there is no such group, or no such option in it.
     """
-    groups = (*conf.GROUPS, conf.EXPERIMENT)
-    if group is not None and group not in groups:
-        raise UsageError(f"unknown group {shown(group)}", f"groups are: {', '.join(groups)}")
     return {
-        name: [
+        group: [
             {
                 "name": option.name,
                 "description": option.description,
                 "keys": {key.path: key.value for key in option.keys},
             }
-            for option in conf.options(name, config_dirs).values()
+            for option in options
         ]
-        for name in (groups if group is None else (group,))
+        for group, options in _chosen(what, config_dirs).items()
     }
 
 
-def list_text(group: str | None = None, config_dirs: Sequence[str | Path] = ()) -> str:
-    """What can be chosen, one line each; with a `group`, the keys of its options too.
-
-    Raises:
-        UsageError: there is no such group.
-    """
+def list_text(what: str | None = None, config_dirs: Sequence[str | Path] = ()) -> str:
+    """What can be chosen, one line each; of one option its keys. As `list_data` otherwise."""
     parts = []
-    for name in list_data(group, config_dirs):
-        choices = conf.options(name, config_dirs).values()
-        plus = "+" if name == conf.EXPERIMENT else ""
-        if group is None:
-            rows = _rows([(each.name, each.description) for each in choices], width=0)
-            parts.append(f"{plus}{name}=\n{rows}" if rows else "")
-        else:
-            for each in choices:
-                title = f"{plus}{name}={each.name}  {each.description}".rstrip()
-                parts.append("\n".join(part for part in (title, _key_rows(each.keys)) if part))
+    for group, options in _chosen(what, config_dirs).items():
+        rows = _rows([(each.name, each.description) for each in options], width=0)
+        plus = "+" if group == conf.EXPERIMENT else ""
+        parts.append(f"{plus}{group}=\n{rows}" if rows else "")
+        if "=" in (what or ""):
+            parts.append(_key_rows(options[0].keys))
     return _join(*parts)
+
+
+def _chosen(what: str | None, config_dirs: Sequence[str | Path]) -> dict[str, list[conf.Option]]:
+    """The options that `what` names, by group."""
+    group, _, name = (what or "").partition("=")
+    groups = (*conf.GROUPS, conf.EXPERIMENT)
+    if what is not None and group not in groups:
+        raise UsageError(f"unknown group {shown(group)}", f"groups are: {', '.join(groups)}")
+    found = {
+        each: list(conf.options(each, config_dirs).values())
+        for each in (groups if what is None else (group,))
+    }
+    if not name:
+        return found
+    chosen = [option for option in found[group] if option.name == name]
+    if not chosen:
+        names = ", ".join(option.name for option in found[group])
+        raise UsageError(f"there is no {group} {shown(name)}", f"there are: {names}")
+    return {group: chosen}
 
 
 def _synopsis(command: str, keys: Iterable[conf.Key]) -> str:
     if command == "list":
-        return "list [group] [flags]"
+        return "list [group | group=option] [flags]"
     required = [f"{key.path}=VALUE" for key in keys if key.default == "???"]
     groups = ["[group=option ...]"] if conf.default_options(command) else []
     return " ".join([command, *required, *groups, "[key=value ...]", "[flags]"])

@@ -60,6 +60,8 @@ def offered(line: str) -> list[str]:
         ("mnist-cli demo o", ["open="]),
         ("mnist-cli demo open=", ["open=true", "open=false"]),
         ("mnist-cli list op", ["optim"]),
+        ("mnist-cli list optim=adag", ["optim=adagrad"]),
+        ("mnist-cli list nothing=a", []),
         ("mnist-cli list optim ", []),
         ("mnist-cli nonsense x", []),
     ],

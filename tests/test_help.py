@@ -75,11 +75,22 @@ def test_list_has_one_line_for_each_option() -> None:
     assert len([line for line in lines if line.startswith("  ")]) == options
 
 
-def test_list_of_a_group_shows_the_keys_of_each_option() -> None:
-    text = help.list_text("optim")
-    assert "optim=adadelta  " in text
-    assert "  optim.rho=0.9 " in text
-    assert "model=" not in text
+def test_list_of_a_group_is_its_part_of_the_whole() -> None:
+    assert help.list_text("optim") in help.list_text()
+    assert len(help.list_text("optim").splitlines()) == 1 + len(conf.options("optim"))
+
+
+def test_list_of_an_option_shows_its_keys() -> None:
+    first, line, empty, *keys = help.list_text("optim=adadelta").splitlines()
+    assert (first, line.split()[0], empty) == ("optim=", "adadelta", "")
+    assert [key.split("=")[0].strip() for key in keys] == [
+        key.path for key in conf.options("optim")["adadelta"].keys
+    ]
+    [option] = help.list_data("optim=adadelta")["optim"]
+    assert option["keys"]["optim.rho"] == 0.9
+    with pytest.raises(UsageError, match="no optim 'adm'") as error:
+        help.list_text("optim=adm")
+    assert "adam, adamw" in error.value.hint
 
 
 def test_list_for_programs() -> None:
