@@ -58,6 +58,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder`, and those above it, unless it is there.
+
+    Raises:
+        UsageError: a file stands there, or no folder can, as in /proc.
+        ResourceError: the disk is full, read-only or broken.
+    """
+    with writing(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            hint = "name another folder with out=DIR"
+            raise UsageError(f"can't make {folder}: {error.strerror}", hint) from error
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into a ResourceError that names `path`.

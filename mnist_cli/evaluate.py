@@ -45,8 +45,7 @@ def run(config: EvalConfig, console: Console) -> dict[str, Any]:
     document = {"checkpoint": str(model.path), "split": config.split, "metrics": measured}
     if config.out is not None:
         folder = Path(config.out)
-        with durable.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(folder)
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         durable.write(folder / "eval.json", text.encode())
     name = "accuracy" if spec.task == "classification" else "mse"

@@ -78,8 +78,7 @@ def run(config: ExportConfig, console: Console) -> dict[str, Any]:
         lambda split: scoring.answers(model, found.spec, split), answer, data.test, found.spec
     )
     _require(parity, config)
-    with durable.writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(target.parent)
     durable.write(target, encoded)
     document = {
         "path": str(target),

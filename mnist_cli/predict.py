@@ -128,8 +128,7 @@ def _write(document: list[dict[str, Any]], folder: Path) -> None:
     writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(document)
-    with durable.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(folder)
     durable.write(folder / "predictions.json", (json.dumps(document, indent=2) + "\n").encode())
     # A file's name may hold bytes that are no text: they are written as they are.
     durable.write(folder / "predictions.csv", table.getvalue().encode(errors="surrogateescape"))

@@ -196,8 +196,7 @@ def create(out: str | None, parent: str, is_resumed: bool = False) -> Iterator[R
         ResourceError: the folder can't be made.
     """
     folder = Path(out) if out is not None else unique_folder(Path(parent))
-    with durable.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(folder)
     with durable.locked(folder):
         durable.remove_stale_temporaries(folder)
         if any(holds_run(job) for job in folder.glob("*-*/")):

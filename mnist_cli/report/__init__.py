@@ -112,8 +112,7 @@ def _sweep_page(folder: Path) -> tuple[SweepRecord, str]:
 
 def _write(path: Path, html: str, console: Console) -> dict[str, Any]:
     data = _encoded(html)
-    with durable.writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(path.parent)
     durable.write(path, data)
     console.say(f"wrote    {path} ({len(data):,} bytes)")
     return {"path": str(path), "bytes": len(data)}

@@ -105,8 +105,7 @@ def folder_of(jobs: Sequence[Job], settings: SweepConfig | None) -> Path | None:
             f"out={folder} holds runs already",
             f"type sweep.resume={folder} to go on with a sweep, or name another folder",
         )
-    with durable.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(folder)
     return folder
 
 
