@@ -31,6 +31,7 @@ from mnist_cli.config import EvalConfig, SweepConfig, TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import MnistCliError, SweepError
 from mnist_cli.run import RunFolder
+from mnist_cli.signals import SignalWatch
 from mnist_cli.sweep import group, leaderboard, pool, study
 from mnist_cli.sweep import search as searching
 from mnist_cli.sweep.board import Board
@@ -239,9 +240,11 @@ def run_launched(
         board.skipped(job, done)
         return done
     board.started([job])
-    document = run_job(job, Console(quiet=True))
-    board.ended(job, document)
-    return document
+    with SignalWatch() as signals:
+        document = run_job(job, Console(quiet=True), signals)
+        board.ended(job, document)
+        with signals.at_once():  # one that came while the job ended
+            return document
 
 
 def record_cut_off(jobs: Sequence[Job], folder: Path, error: str) -> None:

@@ -203,7 +203,7 @@ def result_of(job: Job, with_pruned: bool = False) -> Document | None:
 def run_job(
     job: Job,
     console: Console,
-    signals: SignalWatch | None = None,
+    signals: SignalWatch,
     should_stop: Callable[[int, float | None], bool] | None = None,
 ) -> Document:
     """Train, whatever happens: result.json, or the document of a failure. torch is imported here.
