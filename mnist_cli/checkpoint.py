@@ -333,6 +333,8 @@ def _check_digest(data: bytes, header_end: int, digest: Any) -> None:
 
 def _parse_document(document: dict[str, Any]) -> tuple[TrainConfig, _Document]:
     rest = dict(document)
+    if isinstance(rest.get("progress"), dict):  # the first checkpoints lack it
+        rest["progress"] = {"loss_scale_steps": 0} | rest["progress"]
     try:
         config = train_config(rest.pop("config", None))
         return config, parse(_Document, rest)

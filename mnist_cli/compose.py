@@ -74,7 +74,7 @@ def run(line: Line, console: Console, started_s: float) -> int:
         _refuse_sweep_keys(parsed)
         _refuse_sweep_values(parsed)
         config = checked(line, compose(line, [*_groups_of_run(line), *overrides]))
-    document = command(config, _typed_keys(parsed, config), console, started_s)
+    document = command(config, typed_keys(line, parsed, config), console, started_s)
     if document is not None:
         console.document(document)
     draw_report(config, document, console)
@@ -240,6 +240,7 @@ def checked(line: Line, composed: DictConfig) -> Any:
     if isinstance(config, TrainConfig):
         logger.require(config.logger)
         _check_allowed(line, config)
+        _check_patience(config)
     return config
 
 
@@ -258,6 +259,19 @@ def _check_allowed(line: Line, config: TrainConfig) -> None:
             raise unknown_key(name, known)
 
 
+def _check_patience(config: TrainConfig) -> None:
+    """Raises UsageError: an early stop longer than the run.
+
+    Not part of `train_config`: a run that is resumed may have more epochs than are typed.
+    """
+    patience = config.early_stop.patience
+    if config.resume in (None, "auto") and patience is not None and patience > config.epochs:
+        raise UsageError(
+            f"early_stop.patience={patience} can't end a run of epochs={config.epochs}",
+            "type early_stop.patience=null, or more epochs",
+        )
+
+
 def _groups_of_run(line: Line) -> list[str]:
     """With `resume=RUN`: the options that the run has chosen, for the groups that aren't typed.
 
@@ -273,13 +287,17 @@ def _groups_of_run(line: Line) -> list[str]:
     ]
 
 
-def _typed_keys(parsed: Sequence[Override], config: Any) -> list[str]:
+def typed_keys(line: Line, parsed: Sequence[Override], config: Any) -> list[str]:
     """The keys that were typed: of an option out of a user's folder, all that it sets."""
     keys = [override.key_or_group for override in parsed]
     values = flatten(to_plain(config))
     for override in parsed:
-        group = override.key_or_group
-        if group in conf.GROUPS and values.get(f"{group}.name") != override.value():
+        group, name = override.key_or_group, override.value()
+        if group not in conf.GROUPS or not isinstance(name, str):
+            continue
+        plain, given = (conf.options(group, dirs).get(name) for dirs in ((), line.config_dirs))
+        is_shadowed = plain is not None and given != plain
+        if is_shadowed or values.get(f"{group}.name") != name:
             keys += [key for key in values if key.startswith(f"{group}.")]
     return keys
 

@@ -390,11 +390,6 @@ def _check_length(config: TrainConfig) -> None:
             " but dataset.val_fraction=0 leaves none",
             "type dataset.val_fraction=0.1, or early_stop.patience=null",
         )
-    if patience is not None and patience > config.epochs:
-        raise UsageError(
-            f"early_stop.patience={patience} can't end a run of epochs={config.epochs}",
-            f"type early_stop.patience={max(1, config.epochs // 2)}, or more epochs",
-        )
     if config.monitor != "auto" and config.dataset.val_fraction == 0:
         raise UsageError(
             f"monitor={config.monitor} watches the validation split,"

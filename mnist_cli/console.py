@@ -165,7 +165,7 @@ class Console:
         if self.quiet:
             return
         try:
-            if self._progress is not None:
+            if self._progress is not None and (stream is self._stream or stream.isatty()):
                 self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
                 stream.write(text + "\n")

@@ -168,7 +168,7 @@ def locked(folder: Path) -> Iterator[None]:
             stop = f" or stop it (kill {holder})" if holder else ""
             raise LockedError(
                 f"{folder} is in use by process {holder or 'unknown'}",
-                f"wait for it{stop}, or name another folder with out=DIR",
+                f"wait for it{stop}, or name another folder",
             ) from None
         except OSError as error:  # a file system without locks
             elsewhere = "name another folder with out=DIR"

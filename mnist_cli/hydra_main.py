@@ -49,7 +49,8 @@ def run(line: Line, console: Console) -> int:
         # Kept, not raised: Hydra would add lines of its own.
         try:
             config = compose.checked(line, composed)
-            outcome.append((config, compose.command(config, _typed(), console)))
+            typed = compose.typed_keys(line, compose.parse(_words_of_job()), config)
+            outcome.append((config, compose.command(config, typed, console)))
         except Exception as error:
             outcome.append((None, error))
 
@@ -125,20 +126,21 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
     stopped_by, gave_up = None, None
     if launcher != BASIC:
         console.say(f"launch   {num_jobs} jobs by {LAUNCHER}={launcher}, in {folder}")
-    try:
-        with raised_in_full():
-            _hydra_main(line, own, task)
-    except Interrupted as error:
-        stopped_by = error.exit_code - 128
-    except Exception as error:  # of the launcher: no job raises, and all of them were composed
-        reason = " ".join(str(error).splitlines()[:2])  # below them submitit quotes whole logs
-        gave_up = f"{LAUNCHER}={launcher} gave up: {type(error).__name__}: {reason}"
-        sweep.record_cut_off(jobs, folder, "its process ended before the job was done")
-    if stopped_by is not None:
-        return sweep.finish(console, folder, here or None, num_jobs, stopped_by)
-    code = sweep.finish(console, folder, here or None, gave_up=gave_up)
-    compose.draw_sweep(jobs[0].config, folder, console)
-    return code
+    with durable.locked(folder):
+        try:
+            with raised_in_full():
+                _hydra_main(line, own, task)
+        except Interrupted as error:
+            stopped_by = error.exit_code - 128
+        except Exception as error:  # of the launcher: no job raises, and all of them were composed
+            reason = " ".join(str(error).splitlines()[:2])  # below them submitit quotes whole logs
+            gave_up = f"{LAUNCHER}={launcher} gave up: {type(error).__name__}: {reason}"
+            sweep.record_cut_off(jobs, folder, "its process ended before the job was done")
+        if stopped_by is not None:
+            return sweep.finish(console, folder, here or None, num_jobs, stopped_by)
+        code = sweep.finish(console, folder, here or None, gave_up=gave_up)
+        compose.draw_sweep(jobs[0].config, folder, console)
+        return code
 
 
 def _check_jobs(
@@ -184,6 +186,6 @@ def _hydra_main(line: Line, overrides: Sequence[str], task: Callable[[DictConfig
         sys.argv = arguments
 
 
-def _typed() -> list[str]:
-    """The keys that the user named, as Hydra tells a job."""
-    return [word.lstrip("+~").partition("=")[0] for word in HydraConfig.get().overrides.task]
+def _words_of_job() -> list[str]:
+    """The overrides that the user typed, as Hydra tells a job."""
+    return list(HydraConfig.get().overrides.task)

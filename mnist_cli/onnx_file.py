@@ -76,7 +76,7 @@ def _check_graph(proto: Any) -> None:
 def _check_digest(data: bytes, digest: str) -> None:
     place = data.rfind(digest.encode()) if len(digest) == len(seal.BLANK) else -1
     if place < 0:
-        raise ValueError("it has no digest")
+        raise ValueError("it has no digest; export it again")
     if not seal.is_intact(data, place):
         raise ValueError("it is damaged: its digest doesn't match its content")
 

@@ -161,9 +161,9 @@ def _check_changes(stored: TrainConfig, new: TrainConfig, allowed: Collection[st
         typed = group if _is_choice(key) else key
         raise UsageError(
             f"{typed}={_word(now)} differs from the run's {typed}={_word(was)}",
-            f"leave {typed} out, or start a new run"
+            f"leave out what sets {typed}, or start a new run"
             if fixed
-            else f"leave {typed} out, or allow it: resume_allow=[{typed}]",
+            else f"leave out what sets {typed}, or allow it: resume_allow=[{typed}]",
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mnist_cli import cuda_graph, dataset, logger, optim, outcome, resume, runtime
+from mnist_cli import cuda_graph, dataset, logger, optim, outcome, resume, runtime, schedule
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
 from mnist_cli.config import TrainConfig, config_hash
@@ -22,7 +22,7 @@ from mnist_cli.dataset import Dataset, Normalise
 from mnist_cli.errors import DataError, UsageError
 from mnist_cli.job import Job
 from mnist_cli.logger import Loggers
-from mnist_cli.loop import ShouldStop, fit, is_over, never, timed
+from mnist_cli.loop import ShouldStop, fit, is_out_of_patience, is_over, never, timed
 from mnist_cli.loss import build_loss
 from mnist_cli.model import build_model
 from mnist_cli.options import (
@@ -135,7 +135,7 @@ def opened(
                 f" (digest {job.data.spec.digest[:12]} instead of {before.spec.digest[:12]})",
                 "name the folder with the run's data: dataset.root=DIR",
             )
-        _refuse_to_rewrite(before, job, is_done=bool(result and result["status"] == "completed"))
+        _refuse_to_rewrite(before, job)
         with folder.log(console):
             for difference in runtime.Host.of(job.device).differences(before.host):
                 console.warn(difference)
@@ -145,24 +145,27 @@ def opened(
             yield Run(job, folder, console, started_s, earlier)
 
 
-def _refuse_to_rewrite(before: Checkpoint, job: Job, is_done: bool) -> None:
-    """Raises UsageError where `job` would tell of training that never was.
-
-    Args:
-        is_done: the run was completed as it stood at the checkpoint `before`.
-    """
-    step, config = before.progress.step, job.config
-    done = step // job.steps_per_epoch
-    if step > config.epochs * job.steps_per_epoch:
+def _refuse_to_rewrite(before: Checkpoint, job: Job) -> None:
+    """Raises UsageError where `job` would tell of training that never was."""
+    config, per_epoch, step = job.config, job.steps_per_epoch, before.progress.step
+    done = step // per_epoch
+    if step > config.epochs * per_epoch:
         raise UsageError(
             f"epochs={config.epochs} is less than the {done} that are done",
             f"type epochs={done} or more",
         )
-    is_done = is_over(job) and (is_done or step == config.epochs * job.steps_per_epoch)
-    if is_done and config_hash(config) != config_hash(before.config):
+    patience = before.config.early_stop.patience
+    was_stopped = patience is not None and before.progress.stale_epochs >= patience
+    was_over = was_stopped or step == before.config.epochs * per_epoch
+    if was_over and is_over(job) and config_hash(config) != config_hash(before.config):
+        hint = "start a new run"
+        if is_out_of_patience(job):
+            hint += ", or type early_stop.patience=null resume_allow=[early_stop]"
+        elif schedule.may_extend(config.schedule):
+            hint += f", or type epochs={done + 1} or more"
         raise UsageError(
             f"the run is done after {done} epochs: other settings would change its records alone",
-            f"type epochs={max(done, config.epochs) + 1} or more, or start a new run",
+            hint,
         )
 
 

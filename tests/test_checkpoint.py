@@ -99,6 +99,14 @@ def signed(data: bytes) -> bytes:
     return data[:place] + hashlib.sha256(data).hexdigest().encode() + data[place + 64 :]
 
 
+def test_the_first_checkpoints_are_read(linear: Path) -> None:
+    """They knew nothing of how long a loss scale has lasted."""
+    data = linear.read_bytes()
+    old = edited(data, lambda header, document: document["progress"].pop("loss_scale_steps"))
+    assert len(old) < len(data)
+    assert checkpoint.decode(old).progress == checkpoint.decode(data).progress
+
+
 def edited(data: bytes, edit: Callable[[dict[str, Any], dict[str, Any]], Any]) -> bytes:
     """`data` after `edit(header, document)`, with the right digest."""
     header, document, tensors = taken_apart(data)
@@ -737,6 +745,7 @@ def test_mutants_are_refused_or_mean_exactly_what_they_say(digits: Path, linear:
             continue
         document = taken_apart(data)[1]
         said = {key: value for key, value in document.items() if key not in ("made_by", "digest")}
+        said["progress"] = {"loss_scale_steps": 0} | said["progress"]  # which may be left out
         assert document_of(found) == said, f"mutant {number}"
         answers_or_says_why(found, console)
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib

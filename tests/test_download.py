@@ -486,6 +486,12 @@ def test_http_behind_an_https_address(
     assert server.requests == []
 
 
+@pytest.mark.parametrize("mirror", ["http://127.0.0.1:9/", "ftp://h/", "file:///etc/", "h"])
+def test_nothing_but_https_is_asked(mirror: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="only https is used"):
+        image_files.load(small(), str(tmp_path), mirror, SHORT)
+
+
 @pytest.mark.parametrize("seconds", ["abc", "0", "-1", "nan", "inf", "1e999"])
 def test_timeout_has_to_be_seconds(
     seconds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sweep import board_of, busy, children_of, folders, kills_until_done, states
 
-from mnist_cli import checkpoint, stacked
+from mnist_cli import checkpoint, outcome, stacked
 from mnist_cli.config import SweepConfig, TrainConfig, train_config
 from mnist_cli.options import LinearModelConfig, MlpConfig
 from mnist_cli.run import RunFolder
@@ -223,6 +223,25 @@ def test_every_job_is_planned_once(chosen: Any, jobs: int, fused: str) -> None:
         assert len(plan) >= len(groups(configs))
     firsts = [group.members[0] for group in plan]
     assert firsts == sorted(firsts)
+
+
+def test_what_goes_wrong_behind_the_result_of_a_job_disturbs_no_other(
+    mnist_cli: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = outcome.show, []
+
+    def show(run: outcome.Run, *arguments: Any) -> None:
+        if not failed:
+            failed.append(run)
+            raise RuntimeError("odd")
+        real(run, *arguments)
+
+    monkeypatch.setattr(outcome, "show", show)
+    words = ("train", "-m", *TINY, "seed=0,1,2", "sweep.fused=true", "out=a", "--json")
+    jobs = json.loads(mnist_cli(*words).stdout)["jobs"]
+    assert sorted(job.get("error") or "" for job in jobs) == ["", "", "RuntimeError: odd"]
+    [row] = board_of(Path("a"))["rows"]
+    assert (row["n"], [job["state"] for job in row["failed"]]) == (2, ["failed"])
 
 
 def test_a_group_is_divided_among_processes_by_jobs_not_by_seeds() -> None:

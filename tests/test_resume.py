@@ -456,6 +456,28 @@ def test_a_run_that_is_done_keeps_its_records(stops: Stops, tmp_path: Path) -> N
         error, hint = two_lines(ended.stderr)
         assert error.startswith("the run is done after 3 epochs") and "epochs=4" in hint
     assert before == {path: path.read_bytes() for path in before}
+    words = ("optim.lr=0.5", "resume_allow=[optim.lr]", "epochs=4", "--quiet")
+    assert here("train", f"resume={folder}", *words).code == 0
+
+
+@pytest.mark.parametrize("status", ["completed", "interrupted"])
+def test_a_run_that_was_stopped_early_keeps_its_records(tmp_path: Path, status: str) -> None:
+    """Also one that was interrupted when it was to be measured; and its hint leads on."""
+    folder = tmp_path / "run"
+    words = (*TRAIN, "optim=sgd", "optim.lr=1e-9", "epochs=9", "early_stop.patience=1", "--quiet")
+    assert here(*words, f"out={folder}").code == 0
+    path = folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": status}))
+    config = (folder / "config.yaml").read_bytes()
+    other = ("train", f"resume={folder}", "optim.lr=0.5", "--quiet")
+    ended = here(*other, "resume_allow=[optim.lr]")
+    assert ended.code == 2 and (folder / "config.yaml").read_bytes() == config
+    error, hint = two_lines(ended.stderr)
+    assert error.startswith("the run is done after 2 epochs")
+    assert "early_stop.patience=null resume_allow=[early_stop]" in hint
+    ended = here(*other, "early_stop.patience=null", "resume_allow=[early_stop,optim.lr]")
+    assert (ended.code, ended.stderr) == (0, "")
+    assert len(metrics_rows(folder)) == 9
 
 
 def test_a_recipe_does_not_mix_with_what_a_run_holds(stops: Stops, tmp_path: Path) -> None:
@@ -485,6 +507,13 @@ def test_all_of_an_option_of_ones_own_is_compared_with_the_run(
     ended = here(*words, "optim=slow")
     assert ended.code == 2
     assert two_lines(ended.stderr)[0].startswith("optim.lr=0.0001 differs from the run's")
+    ended = here(*words, "optim=slow", "hydra.job.name=x")
+    assert ended.code == 2 and "optim.lr=0.0001 differs" in ended.stderr
+    (tmp_path / "mine/optim/adam.yaml").write_text(text.replace("lr: 0.001", "lr: 0.5"))
+    composed = here("train", "--cfg", "job", "optim=adam", "--config-dir", str(tmp_path / "mine"))
+    if "lr: 0.5" in composed.stdout:  # Hydra takes the user's
+        ended = here(*words, "optim=adam")
+        assert ended.code == 2 and "optim.lr=0.5 differs" in ended.stderr
     assert here(*words, "optim=same").code == 0
     assert outcome_of(folder) == stops.outcome
 

@@ -230,7 +230,7 @@ def test_a_signal_changes_nothing_when_all_is_done(number: int) -> None:
         text=True,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "model=cnn" in ended.stdout
+    assert "cnn_deep" in ended.stdout
 
 
 STARTS = {

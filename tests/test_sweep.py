@@ -383,6 +383,16 @@ def test_a_traceback_goes_to_the_log(mnist_cli: Program, trained: Callable[..., 
     assert result_of(Path("run")) == before | {"status": "failed", "error": "ValueError: odd"}
 
 
+def test_a_failure_is_recorded_where_the_log_is_not(
+    mnist_cli: Program, trained: Callable[..., Path]
+) -> None:
+    config = PARSERS["train"](json.loads(json.dumps(yaml_of(trained(*TINY)))) | {"out": "run"})
+    Path("run").mkdir()
+    Path("run/train.log").symlink_to("/dev/full")
+    record(config, "no data", "error: no data\n")
+    assert (result_of(Path("run"))["status"], Path("run/config.yaml").exists()) == ("failed", True)
+
+
 def result_of(run: Path) -> dict[str, Any]:
     found = RunFolder(run).read_result()
     assert found is not None
@@ -658,6 +668,7 @@ def test_a_signal_while_a_job_ends_ends_the_sweep(
     assert len(states(sweep)) == num_done
     if "launcher" not in how:
         assert f"{6 - num_done} of 6 jobs left" in two_lines(ended.stderr)[0]
+        assert f"waiting  {6 - num_done} of 6 jobs" in ended.stdout
         rows = board_of(sweep)["rows"]
         assert [row["config"]["optim"] for row in rows] == ["adam", "sgd"]
         assert [row["state"] for row in rows] == ["completed", "waiting"]

@@ -203,6 +203,8 @@ class Network:
             ) from error
 
     def _open(self, url: str) -> http.client.HTTPResponse:
+        if not url.lower().startswith("https://"):
+            raise TransferError("only https is used", final=True)
         https = urllib.request.HTTPSHandler(context=self.context)
         opener = urllib.request.build_opener(_HttpsOnly, https)
         request = urllib.request.Request(url, headers={"User-Agent": "mnist-cli"})

@@ -126,7 +126,8 @@ def _run_in(
         for out, (job, _) in labels.items():
             if out in grid.documents:
                 draw(job, grid.documents[out], console)
-    waiting = [job for out, (job, _) in labels.items() if out not in grid.documents]
+    started = [result.parent for result in folder.glob("*/result.json")]
+    waiting = [job for out, (job, _) in labels.items() if Path(out) not in started]
     code = finish(console, folder, documents, len(labels), stopped_by, waiting=waiting)
     if stopped_by is None:
         draw_sweep(jobs[0].config, folder, console)
@@ -286,7 +287,7 @@ def finish(
         stopped_by: the number of the signal that ended the sweep early.
         of_search: what a search adds to leaderboard.json.
         gave_up: why a launcher of Hydra didn't see all jobs to their end.
-        waiting: jobs that were not started.
+        waiting: jobs that were not started: there is no result of theirs in `folder`.
     """
     if documents is None:
         documents = leaderboard.results_in(folder)

@@ -171,7 +171,7 @@ class _Stack:
                 except Interrupted:
                     return
                 outcome.show(member.run, result, reason)
-            if result is not None:
+            if result is not None and member in self._left:
                 self._end(member, result)
 
     @contextlib.contextmanager

@@ -295,8 +295,6 @@ def record(config: TrainConfig, message: str, details: str) -> None:
     with contextlib.suppress(MnistCliError, OSError):
         path.mkdir(parents=True, exist_ok=True)
         with runs.reopen(path) as folder:
-            with open(path / "train.log", "a", encoding="utf-8") as log:
-                log.write(details)
             before = folder.read_result()
             if before is None:
                 folder.write_config(config)
@@ -306,6 +304,8 @@ def record(config: TrainConfig, message: str, details: str) -> None:
                 folder.write_result((before or _nothing(config)) | {
                     "status": "failed", "error": message,
                 })  # fmt: skip
+            with open(path / "train.log", "a", encoding="utf-8") as log:
+                log.write(details)
 
 
 def _nothing(config: TrainConfig) -> Document:

@@ -95,7 +95,7 @@ def build(
     Args:
         failures: why jobs failed, by the name of their folder, where the folder doesn't say so:
             another process is at it.
-        waiting: of jobs that were not started, and have no folder.
+        waiting: of jobs that were not started.
     """
     entries = [*read(folder), *map(_waiting, waiting)]
     columns = _columns(entry.config for entry in entries)
@@ -146,8 +146,9 @@ def show(board: dict[str, Any], console: Console) -> None:
         console.say(f"{job['state']:<8} {job['job']}: {job['error'] or 'cut off'}")
     if len(failed) > MAX_SHOWN:
         console.say(f"and {len(failed) - MAX_SHOWN} more, in {NAME}.md")
-    if num_waiting := len(board["rows"]) - len(started):
-        console.say(f"waiting  {num_waiting} of {len(board['rows'])} configurations, not started")
+    if num_waiting := sum(row["waiting"] for row in board["rows"]):
+        num_jobs = num_waiting + sum(len(row["jobs"]) for row in board["rows"])
+        console.say(f"waiting  {num_waiting} of {num_jobs} jobs were not started")
     console.say(f"ranked   {board['ranked_by']}")
     if board["winner"] is not None:
         console.say(f"winner   {_sentence(board['winner'], told)}")
@@ -247,7 +248,7 @@ def _row(
     return {
         "rank": None,
         "config": {key: _plain(first.config.get(key)) for key in columns},
-        "state": "completed" if done else first.state,
+        "state": "completed" if done else _state(first, failures),
         "n": len(done),
         "seeds": sorted(seed for seed in done if seed is not None),
         "metric": first.monitor if is_whole or not done else None,
@@ -259,12 +260,18 @@ def _row(
         "test_std": test_std,
         "train_s": statistics.fmean(times) if times else None,
         "jobs": [entry.name for entry in entries if entry.state != "waiting"],
+        "waiting": sum(entry.state == "waiting" for entry in entries),
         "failed": [
-            {"job": e.name, "state": e.state, "error": failures.get(e.name, e.error)}
+            {"job": e.name, "state": _state(e, failures), "error": failures.get(e.name, e.error)}
             for e in failed
         ],
         "command": _command(first, columns, sorted(seed for seed in done if seed is not None)),
     }
+
+
+def _state(entry: Entry, failures: dict[str, str]) -> str:
+    """That of the job: a run that was completed before may be one that can't go on as asked."""
+    return "failed" if entry.state == "completed" and entry.name in failures else entry.state
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
