@@ -233,7 +233,7 @@ MALFORMED = [
     ("train 'optim.lr =0.1'", "optim.lr =0.1", "type optim.lr=0.1"),
     ("demo outputs/train/RUN", "outputs/train/RUN", "type checkpoint=outputs/train/RUN"),
     ("report outputs/train/RUN", "outputs/train/RUN", "type run=outputs/train/RUN"),
-    ("train dataset=digits epochs=2 early_stop.patience=3", "early_stop.patience=3", "patience=null"),
+    ("train dataset=digits epochs=2 early_stop.patience=3", "patience=3 can", "patience=null"),
     (f"train dataset=digits out={'x' * 300}", "File name too long", "out=DIR"),
     ("train dataset=digits out=/proc/x", "can't make /proc/x: No such file", "out=DIR"),
     # Hydra's grammar
