@@ -95,43 +95,31 @@ def run(
     folder = folder_of(jobs, settings)
     assert folder is not None
     with durable.locked(folder):
-        return _run_in(folder, jobs, settings, console, draw, draw_sweep)
-
-
-def _run_in(
-    folder: Path,
-    jobs: Sequence[Job],
-    settings: SweepConfig,
-    console: Console,
-    draw: Callable[[Job, Document, Console], None],
-    draw_sweep: DrawSweep,
-) -> int:
-    """As `run`, in the folder of the sweep, which is held."""
-    labels: dict[str, tuple[Job, str]] = {}
-    shared = shared_words(jobs)
-    for job in jobs:
-        label = difference(job, shared)
-        there = placed(job, folder, label)
-        labels.setdefault(_out(there), (there, label))
-    with console.live_table() as live:
-        board = Board(console, live, len(labels))
-        grid = Grid([job for job, _ in labels.values()], settings, board)
-        for reason, count in grid.alone().items():
-            console.say(f"alone    {count} of {len(labels)} jobs: {reason} can't be stacked")
-        for number, (job, label) in enumerate(labels.values(), 1):
-            board.add(job, label or "as it stands", number)
-        stopped_by = pool.run(grid, settings.jobs)
-    documents = [grid.documents[out] for out in labels if out in grid.documents]
-    if stopped_by is None:
-        for out, (job, _) in labels.items():
-            if out in grid.documents:
-                draw(job, grid.documents[out], console)
-    started = [result.parent for result in folder.glob("*/result.json")]
-    waiting = [job for out, (job, _) in labels.items() if Path(out) not in started]
-    code = finish(console, folder, documents, len(labels), stopped_by, waiting=waiting)
-    if stopped_by is None:
-        draw_sweep(jobs[0].config, folder, console)
-    return code
+        labels: dict[str, tuple[Job, str]] = {}
+        shared = shared_words(jobs)
+        for job in jobs:
+            label = difference(job, shared)
+            there = placed(job, folder, label)
+            labels.setdefault(_out(there), (there, label))
+        with console.live_table() as live:
+            board = Board(console, live, len(labels))
+            grid = Grid([job for job, _ in labels.values()], settings, board)
+            for reason, count in grid.alone().items():
+                console.say(f"alone    {count} of {len(labels)} jobs: {reason} can't be stacked")
+            for number, (job, label) in enumerate(labels.values(), 1):
+                board.add(job, label or "as it stands", number)
+            stopped_by = pool.run(grid, settings.jobs)
+        documents = [grid.documents[out] for out in labels if out in grid.documents]
+        if stopped_by is None:
+            for out, (job, _) in labels.items():
+                if out in grid.documents:
+                    draw(job, grid.documents[out], console)
+        started = {result.parent for result in folder.glob("*/result.json")}
+        waiting = [job for out, (job, _) in labels.items() if Path(out) not in started]
+        code = finish(console, folder, documents, len(labels), stopped_by, waiting=waiting)
+        if stopped_by is None:
+            draw_sweep(jobs[0].config, folder, console)
+        return code
 
 
 def run_search(
