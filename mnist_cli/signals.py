@@ -71,6 +71,7 @@ class SignalWatch:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._is_signalled = False
         self._is_patient = True
 
     def __enter__(self) -> SignalWatch:
@@ -82,7 +83,10 @@ class SignalWatch:
             signal.signal(number, handler)
 
     def ask(self, number: int) -> None:
-        """Ask for the same end as the signal `number`; asking again changes nothing."""
+        """Ask for the same end as the signal `number`; asking again changes nothing.
+
+        It is no signal: one that comes behind it is the first.
+        """
         if self.received is None:
             self.received = number
 
@@ -101,8 +105,9 @@ class SignalWatch:
         if not self._is_patient:
             self.received = number
             _raise(number, frame)
-        if self.received is not None:
+        if self._is_signalled:
             raise Interrupted(
                 number, "stopped at once by a second signal", "type resume=RUN to continue the run"
             )
-        self.received = number
+        self._is_signalled = True
+        self.ask(number)

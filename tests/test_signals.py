@@ -18,7 +18,7 @@ from faults import TRAIN, Server, figure, many, outcome_of, state_of, temporarie
 
 from mnist_cli import signals
 from mnist_cli.errors import Interrupted
-from mnist_cli.signals import STOP_SIGNALS
+from mnist_cli.signals import STOP_SIGNALS, SignalWatch
 
 LONG = (*TRAIN, "epochs=20", "--quiet")  # 400 steps, more than a second
 
@@ -138,6 +138,16 @@ def test_a_reader_that_leaves_does_not_end_the_run(server: Server, tmp_path: Pat
     ended = child.wait()
     assert (ended.code, ended.stderr) == (0, "")
     assert outcome_of(folder)["result"]["status"] == "completed"
+
+
+def test_what_was_asked_for_is_no_first_signal() -> None:
+    """A worker that is asked to end, and then gets the signal of its group, still saves."""
+    with faults.handlers_kept(), SignalWatch() as watch:
+        watch.ask(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert watch.received == signal.SIGTERM
+        with pytest.raises(Interrupted, match="second signal"):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("path", ["/dev/full", None])
