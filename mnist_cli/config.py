@@ -208,7 +208,7 @@ def train_config(data: object) -> TrainConfig:
         if config.out is not None:
             raise UsageError(
                 f"resume={config.resume} and out={config.out} name two folders",
-                "leave out= out: a run is continued in its own folder",
+                "drop out=: a run is continued in its own folder",
             )
         return config  # what was typed goes with what the run holds, and is checked with it
     _check_task(config)

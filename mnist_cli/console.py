@@ -112,8 +112,8 @@ class Console:
         if width is not None:
             widths = [max(map(len, cells)) for cells in zip(headers, *rows, strict=True)]
             longest = widths.index(max(widths))
-            others = sum(widths) - widths[longest] + 2 * len(widths) + 1  # with what parts them
-            table.columns[longest].max_width = max(1, width - others - 1)
+            others = sum(widths) - widths[longest] + 2 * len(widths) + 2  # with what parts them
+            table.columns[longest].max_width = max(1, width - others)
         for row in rows:
             table.add_row(*row)
         return table

@@ -144,7 +144,7 @@ def list_text(what: str | None = None, config_dirs: Sequence[str | Path] = ()) -
 
 def _chosen(what: str | None, config_dirs: Sequence[str | Path]) -> dict[str, list[conf.Option]]:
     """The options that `what` names, by group."""
-    group, _, name = (what or "").partition("=")
+    group, equals, name = (what or "").partition("=")
     groups = (*conf.GROUPS, conf.EXPERIMENT)
     if what is not None and group not in groups:
         raise UsageError(f"unknown group {shown(group)}", f"groups are: {', '.join(groups)}")
@@ -152,7 +152,7 @@ def _chosen(what: str | None, config_dirs: Sequence[str | Path]) -> dict[str, li
         each: list(conf.options(each, config_dirs).values())
         for each in (groups if what is None else (group,))
     }
-    if not name:
+    if not equals:
         return found
     chosen = [option for option in found[group] if option.name == name]
     if not chosen:

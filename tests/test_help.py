@@ -90,6 +90,8 @@ def test_list_of_an_option_shows_its_keys() -> None:
     assert option["keys"]["optim.rho"] == 0.9
     with pytest.raises(UsageError, match="no optim 'adm'") as error:
         help.list_text("optim=adm")
+    with pytest.raises(UsageError, match="no optim ''"):
+        help.list_text("optim=")
     assert "adam, adamw" in error.value.hint
 
 

@@ -447,7 +447,7 @@ def test_a_job_in_use_fails_alone(mnist_cli: Program) -> None:
         (("-m", "sweep.job=2"), "sweep.job", "did you mean sweep.jobs"),
         (("-m", "sweep.resume=no"), "sweep.resume=no is not a folder", "name the folder"),
         (("-m", "sweep.resume="), "sweep.resume", ""),
-        (("-m", "sweep.resume=.", "out=a"), "name two folders", "leave out= out"),
+        (("-m", "sweep.resume=.", "out=a"), "name two folders", "drop out="),
         (("-m", "resume=a"), "resume= names one run", "sweep.resume=DIR"),
         (("-m", "hydra/launcher=basic", "sweep.jobs=2"), "doesn't go with hydra.", "leave either"),
     ],

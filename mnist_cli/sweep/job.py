@@ -80,7 +80,7 @@ def folder_of(jobs: Sequence[Job], settings: SweepConfig | None) -> Path | None:
         if out is not None:
             raise UsageError(
                 f"sweep.resume={settings.resume} and out={out} name two folders",
-                "leave out= out: a sweep goes on in its own folder",
+                "drop out=: a sweep goes on in its own folder",
             )
         folder = Path(os.path.expanduser(settings.resume))
         if not folder.is_dir() or runs.holds_run(folder):
