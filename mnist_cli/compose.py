@@ -74,7 +74,7 @@ def run(line: Line, console: Console, started_s: float) -> int:
         _refuse_sweep_keys(parsed)
         _refuse_sweep_values(parsed)
         config = checked(line, compose(line, [*_groups_of_run(line), *overrides]))
-    document = command(config, typed_keys(line, parsed, config), console, started_s)
+    document = command(config, typed_keys(parsed, config), console, started_s)
     if document is not None:
         console.document(document)
     draw_report(config, document, console)
@@ -287,17 +287,13 @@ def _groups_of_run(line: Line) -> list[str]:
     ]
 
 
-def typed_keys(line: Line, parsed: Sequence[Override], config: Any) -> list[str]:
+def typed_keys(parsed: Sequence[Override], config: Any) -> list[str]:
     """The keys that were typed: of an option out of a user's folder, all that it sets."""
     keys = [override.key_or_group for override in parsed]
     values = flatten(to_plain(config))
     for override in parsed:
-        group, name = override.key_or_group, override.value()
-        if group not in conf.GROUPS or not isinstance(name, str):
-            continue
-        plain, given = (conf.options(group, dirs).get(name) for dirs in ((), line.config_dirs))
-        is_shadowed = plain is not None and given != plain
-        if is_shadowed or values.get(f"{group}.name") != name:
+        group = override.key_or_group
+        if group in conf.GROUPS and values.get(f"{group}.name") != override.value():
             keys += [key for key in values if key.startswith(f"{group}.")]
     return keys
 

@@ -49,7 +49,7 @@ def run(line: Line, console: Console) -> int:
         # Kept, not raised: Hydra would add lines of its own.
         try:
             config = compose.checked(line, composed)
-            typed = compose.typed_keys(line, compose.parse(_words_of_job()), config)
+            typed = compose.typed_keys(compose.parse(_words_of_job()), config)
             outcome.append((config, compose.command(config, typed, console)))
         except Exception as error:
             outcome.append((None, error))
