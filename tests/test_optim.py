@@ -182,6 +182,55 @@ def test_every_option_builds_and_learns(name: str) -> None:
     assert bowl().item() < before
 
 
+@pytest.mark.parametrize("config", [SGD, MOMENTUM, ADAM, ADAMW, ADAGRAD], ids=lambda c: c.name)
+def test_once_there_is_state_the_kernel_is_all_of_a_step(
+    config: OptimConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bowl = Bowl()
+    optimizer = build_optimizer(config, bowl)
+    bowl().backward()
+    optimizer.step()
+    monkeypatch.setattr(type(optimizer), "_init_group", None)
+    before = bowl().item()
+    optimizer.step()
+    assert bowl().item() < before
+
+
+@pytest.mark.parametrize("config", CASES, ids=str)
+def test_a_parameter_without_gradient_stays(config: OptimConfig) -> None:
+    bowl = Bowl()
+    optimizer = build_optimizer(config, bowl)
+    vector = bowl.vector.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        bowl.matrix.square().sum().backward()
+        matrix = bowl.matrix.detach().clone()
+        optimizer.step()
+        assert not torch.equal(bowl.matrix, matrix)
+    assert torch.equal(bowl.vector, vector)
+
+
+@pytest.mark.parametrize("config", [SGD, MOMENTUM, ADAM, ADAGRAD], ids=lambda c: c.name)
+def test_a_gradient_scaler_is_minded(config: OptimConfig) -> None:
+    """It skips a step whose gradients have overflowed, and takes its factor out of the others."""
+    plain, scaled = Bowl(torch.float32), Bowl(torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    of_plain, of_scaled = build_optimizer(config, plain), build_optimizer(config, scaled)
+    for overflows in (False, False, True, False):
+        of_scaled.zero_grad()
+        scaler.scale(scaled()).backward()
+        if overflows:
+            assert scaled.vector.grad is not None
+            scaled.vector.grad[0] = torch.inf
+        scaler.step(of_scaled)
+        scaler.update()
+        if not overflows:
+            of_plain.zero_grad()
+            plain().backward()
+            of_plain.step()
+    torch.testing.assert_close(scaled.state_dict(), plain.state_dict())
+
+
 @pytest.mark.parametrize("config", CASES, ids=str)
 def test_without_guards_it_is_the_same_optimizer(config: OptimConfig) -> None:
     ours, theirs = Bowl(torch.float32), Bowl(torch.float32)
