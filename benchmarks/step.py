@@ -15,9 +15,10 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_cli import compose, line, runtime, train, train_step
@@ -35,7 +36,8 @@ WORKS = {
 }
 PRODUCTS = ("addmm", "mm", "convolution", "convolution_backward")
 ACTIVATIONS = (
-    "relu", "threshold_backward", "max_pool2d_with_indices", "max_pool2d_with_indices_backward",
+    "relu", "relu_", "threshold_backward",
+    "max_pool2d_with_indices", "max_pool2d_with_indices_backward",
 )  # fmt: skip
 
 Call = Callable[[], object]
@@ -94,19 +96,15 @@ def recorded(job: Job, indices: Tensor) -> tuple[list[tuple[str, Call]], list[Ca
             operations.append((function.overloadpacket.__name__, call))
             return call()
 
-    def note(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        dropped.append(functools.partial(layer.forward, inputs[0].detach()))
+    mask = Dropout.mask
 
-    hooks = [
-        layer.register_forward_pre_hook(note)
-        for layer in job.model.modules()
-        if isinstance(layer, Dropout)
-    ]
-    with Recording():
+    def noted(layer: Dropout, values: Tensor) -> Tensor:
+        dropped.append(functools.partial(layer.forward, values.detach()))
+        return mask(layer, values)
+
+    with mock.patch.object(Dropout, "mask", noted), Recording():
         train_step.compute_gradients(job, indices)
     train_step.update_weights(job)
-    for hook in hooks:
-        hook.remove()
     return operations, dropped
 
 

@@ -27,6 +27,8 @@ class Job:
 
     Attributes:
         forward: the model, compiled where that was asked for.
+        backprop: computes the loss of (inputs, targets) and leaves its gradients in the parameters;
+            None where autograd does.
         replay: takes steps as `take_steps` does, out of a CUDA graph; None where there is none.
     """
 
@@ -41,6 +43,7 @@ class Job:
     scaler: torch.amp.GradScaler
     progress: Progress
     times: dict[str, float]
+    backprop: Callable[[Tensor, Tensor], Tensor] | None = None
     replay: Replay | None = None
 
     @functools.cached_property
@@ -48,7 +51,7 @@ class Job:
         """Those of the model: to find them takes longer than to do something to each."""
         return list(self.model.parameters())
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.data.train) / (self.config.batch_size * self.config.grad_accum))
 

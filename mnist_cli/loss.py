@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_cli.options import LossConfig, MseConfig, PluginLossConfig
+from mnist_cli.options import LossConfig, MseConfig, PluginLossConfig, SmoothedLossConfig
 from mnist_cli.plugin_code import code_of_plugin
 
+aten = torch.ops.aten
+
 Loss = Callable[[Tensor, Tensor], Tensor]
+LossGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def build_loss(config: LossConfig, task: Literal["classification", "regression"]) -> Loss:
@@ -34,6 +37,36 @@ def build_loss(config: LossConfig, task: Literal["classification", "regression"]
         return squared_error if task == "regression" else squared_error_of_classes
     smoothed = {"cross_entropy": cross_entropy, "kl_div": kl_div, "bce": bce}
     return partial(smoothed[config.name], label_smoothing=config.label_smoothing)
+
+
+def build_loss_gradient(config: LossConfig, loss: Loss) -> LossGradient:
+    """A function as `loss`, that gives the gradient with respect to the outputs, (B, K), as well.
+
+    Args:
+        loss: what `build_loss` made of `config`.
+    """
+    is_smoothed = isinstance(config, SmoothedLossConfig) and config.label_smoothing > 0
+    if config.name == "cross_entropy" and not is_smoothed:
+        return cross_entropy_gradient
+
+    def by_autograd(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            value = loss(outputs.requires_grad_(), targets)
+            (gradient,) = torch.autograd.grad(value, outputs)
+        return value.detach(), gradient
+
+    return by_autograd
+
+
+def cross_entropy_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean cross entropy and its gradient, by the functions that autograd would call."""
+    mean, no_label = 1, -100  # as torch's cross_entropy has them
+    log_probs = torch.log_softmax(logits, dim=1)
+    loss, weight = aten.nll_loss_forward(log_probs, labels, None, mean, no_label)
+    gradient = aten.nll_loss_backward(
+        torch.ones_like(loss), log_probs, labels, None, mean, no_label, weight
+    )
+    return loss, aten._log_softmax_backward_data(gradient, log_probs, 1, logits.dtype)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:

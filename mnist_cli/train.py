@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from mnist_cli import cuda_graph, dataset, logger, optim, outcome, resume, runtime, schedule
 from mnist_cli import run as runs
@@ -23,8 +24,11 @@ from mnist_cli.errors import DataError, UsageError
 from mnist_cli.job import Job
 from mnist_cli.logger import Loggers
 from mnist_cli.loop import ShouldStop, fit, is_out_of_patience, is_over, never, timed
-from mnist_cli.loss import build_loss
+from mnist_cli.loss import Loss, build_loss, build_loss_gradient
 from mnist_cli.model import build_model
+from mnist_cli.model.backprop import Backprop
+from mnist_cli.model.linear import Linear
+from mnist_cli.model.mlp import Mlp
 from mnist_cli.options import (
     DatasetConfig,
     PluginLossConfig,
@@ -182,6 +186,7 @@ def prepare(
         data = load(config.dataset, config.seed, device)
     runtime.reseed(torch.device("cpu"), runtime.counted_seed(config.seed, "init"))
     model = build_model(config.model, data.spec.input_shape, data.spec.num_outputs).to(device)
+    loss = build_loss(config.loss, data.spec.task)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     if before is not None:
         model.load_state_dict(before.model)
@@ -199,7 +204,8 @@ def prepare(
         normalise=Normalise(data.spec).to(device),
         model=model,
         forward=torch.compile(model) if config.compile else model,  # type: ignore[arg-type]
-        loss=build_loss(config.loss, data.spec.task),
+        loss=loss,
+        backprop=_backprop(config, device, model, loss),
         optimizer=optimizer,
         scaler=scaler,
         progress=Progress() if before is None else before.progress,
@@ -207,6 +213,17 @@ def prepare(
     )
     _try_plugins(job)
     return job
+
+
+def _backprop(
+    config: TrainConfig, device: torch.device, model: nn.Module, loss: Loss
+) -> Backprop | None:
+    """Backpropagation without autograd, where it is written out and all that a step needs."""
+    if device.type != "cpu" or config.compile or config.grad_accum > 1:
+        return None
+    if type(model) not in (Linear, Mlp):  # a plugin's subclass may have another forward pass
+        return None
+    return Backprop(cast("Linear | Mlp", model), build_loss_gradient(config.loss, loss))
 
 
 def _times_before(job: Job, told: dict[str, float]) -> dict[str, float]:

@@ -65,17 +65,18 @@ def compute_gradients(job: Job, indices: Tensor) -> list[Tensor]:
     Returns:
         The part of each batch in that loss, () float32: they add up to it.
     """
-    config, train = job.config, job.data.train
+    config = job.config
+    if job.backprop is not None:
+        return [job.backprop(*_gathered(job, indices))]
     for parameter in job.parameters:
         parameter.grad = None
     parts = []
     with runtime.tf32() if config.precision == "tf32" else contextlib.nullcontext():
         for batch in indices.split(config.batch_size):
-            # Not inputs[batch]: that takes ten times as long on the CPU.
-            inputs = job.normalise(train.inputs.index_select(0, batch))
+            inputs, targets = _gathered(job, batch)
             with _autocast(job):
                 outputs = job.forward(inputs)
-            loss = job.loss(outputs.float(), train.targets.index_select(0, batch))
+            loss = job.loss(outputs.float(), targets)
             if len(batch) < len(indices):
                 loss = loss * (len(batch) / len(indices))
             job.scaler.scale(loss).backward()
@@ -110,6 +111,14 @@ def diverged(job: Job, what: str, value: float, step: int) -> DivergedError:
         f" with learning rate {lr_of(job, step):g}",
         f"type a smaller learning rate (optim.lr={job.config.optim.lr / 10:.1g}){clip}",
     )
+
+
+def _gathered(job: Job, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples `indices`, (B,) int64: normalised inputs, and targets."""
+    train = job.data.train
+    # Not inputs[indices]: that takes ten times as long on the CPU.
+    inputs = job.normalise(train.inputs.index_select(0, indices))
+    return inputs, train.targets.index_select(0, indices)
 
 
 def _autocast(job: Job) -> contextlib.AbstractContextManager[None]:

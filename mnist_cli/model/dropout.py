@@ -25,10 +25,13 @@ class Dropout(nn.Module):
         """Any shape and float dtype; the same comes back."""
         if not self.training or self.p == 0:
             return values
+        return values * self.mask(values)
+
+    def mask(self, values: Tensor) -> Tensor:
+        """A newly drawn factor for each of `values`, float32: 0 or 1 / (1 - p)."""
         draws = draw(values.numel(), values.device).to(torch.float32)
         # In place, as floats: a comparison that gives bools takes three times as long on a CPU.
-        mask = draws.ge_(threshold_of(self.p)).mul_(scale_of(self.p))
-        return values * mask.view(values.shape)
+        return draws.ge_(threshold_of(self.p)).mul_(scale_of(self.p)).view(values.shape)
 
 
 def draw(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:

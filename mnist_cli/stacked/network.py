@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnist_cli.model.backprop import layers_of
 from mnist_cli.model.dropout import draw, scale_of, threshold_of
 from mnist_cli.model.linear import Linear
 from mnist_cli.model.mlp import Mlp
@@ -42,12 +43,9 @@ class Network:
 
     def __init__(self, models: Sequence[Linear | Mlp], num_lanes: int) -> None:
         self.num_lanes = num_lanes
-        layers = [
-            [*(model.hidden if isinstance(model, Mlp) else ()), model.output] for model in models
-        ]
         self.layers = [
             Layer(_joined([one.weight for one in alike]), _joined([one.bias for one in alike]))
-            for alike in zip(*layers, strict=True)
+            for alike in zip(*map(layers_of, models), strict=True)
         ]
         rates = [model.dropout.p if isinstance(model, Mlp) else 0.0 for model in models]
         self.drops = any(rates)
