@@ -187,8 +187,8 @@ HYDRA = ("compose", "explain", "hydra_main", "multirun")
 TORCH_FREE = (
     *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "options", "typed",
     "errors", "imports", "console", "signals", "sweep/__init__", "sweep/job", "sweep/pool",
-    "sweep/board", "sweep/leaderboard", "sweep/search", "sweep/space", "sweep/study", "sweep/group",
-    "logger/__init__", "logger/wandb",
+    "sweep/board", "sweep/display", "sweep/leaderboard", "sweep/search", "sweep/space",
+    "sweep/study", "sweep/group", "logger/__init__", "logger/wandb",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import jinja2
 
 from mnist_cli import __version__, conf
 from mnist_cli.config import TrainConfig, flatten, to_plain
-from mnist_cli.sweep import leaderboard
+from mnist_cli.sweep import display
 
 _PLACES = ("out", "resume", "resume_allow")  # where a run was made, not what it is
 
@@ -35,7 +35,7 @@ def _environment() -> jinja2.Environment:
         "count": lambda value: f"{value:,}",
         "seconds": seconds,
         "plain": plain,
-        "value": lambda value, metric: leaderboard.number(metric, value),
+        "value": lambda value, metric: display.number(metric, value),
     }
     return environment
 

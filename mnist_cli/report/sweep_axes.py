@@ -15,7 +15,7 @@ from mnist_cli.errors import one_line
 from mnist_cli.report.canvas import is_wide
 from mnist_cli.report.sweep_record import Value
 from mnist_cli.run import LARGEST_METRIC
-from mnist_cli.sweep import leaderboard
+from mnist_cli.sweep import display
 
 MIN_FOR_RANGE = 5  # completed configurations that set the range of an axis
 
@@ -59,7 +59,7 @@ def are_numbers(values: Sequence[Value]) -> bool:
 
 def choices(values: Sequence[Value]) -> list[str]:
     """The distinct values as texts, in the order in which people count: 8, 16, 128."""
-    return sorted(set(map(leaderboard.cell, values)), key=_natural)
+    return sorted(set(map(display.cell, values)), key=_natural)
 
 
 def short(text: str, limit: int = 16) -> str:
@@ -89,7 +89,7 @@ def axis_of_key(name: str, values: Sequence[Value]) -> Axis:
     step = 1 / max(1, len(listed) - 1)
     places = {text: row * step if len(listed) > 1 else 0.5 for row, text in enumerate(listed)}
     fan, last = 0.3 * min(step, 0.5), max(1, len(values) - 1)
-    fanned = [places[leaderboard.cell(v)] + fan * (0.5 - i / last) for i, v in enumerate(values)]
+    fanned = [places[display.cell(v)] + fan * (0.5 - i / last) for i, v in enumerate(values)]
     return Axis(name, fanned, [(place, short(text)) for text, place in places.items()])
 
 
@@ -123,7 +123,7 @@ def axis_of_scores(metric: str, scores: Sequence[float]) -> Axis:
     high = max(kept) + room if above else high
 
     def told(score: float) -> str:
-        return leaderboard.number(metric, score)
+        return display.number(metric, score)
 
     axis = axis_of_numbers(metric, [moved(score, low, high) for score in scores], told)
     ends = [(0.0, f"≤ {told(max(below))}")] if below else []

@@ -12,7 +12,7 @@ from mnist_cli.report import canvas, page, sweep_axes, sweep_plots
 from mnist_cli.report.sweep_axes import Dot
 from mnist_cli.report.sweep_plots import Ending
 from mnist_cli.report.sweep_record import Metric, Point, Row, SweepRecord
-from mnist_cli.sweep import leaderboard
+from mnist_cli.sweep import display
 
 MAX_ROWS = 100  # of a table
 MAX_LINES = 400  # of parallel coordinates, and dots of an effect
@@ -87,10 +87,10 @@ def _cells(row: Row, columns: Sequence[str], metric: Metric | None) -> dict[str,
     name = row.metric or metric or ""
     return {
         "rank": row.rank,
-        "config": [leaderboard.cell(row.config.get(key)) for key in columns],
+        "config": [display.cell(row.config.get(key)) for key in columns],
         "n": row.n or row.state,
-        "value": leaderboard.spread(name, row.mean, row.std, row.best_so_far),
-        "test": leaderboard.spread(row.test_metric or "", row.test_mean, row.test_std),
+        "value": display.spread(name, row.mean, row.std, row.best_so_far),
+        "test": display.spread(row.test_metric or "", row.test_mean, row.test_std),
         "train_s": "-" if row.train_s is None else f"{row.train_s:.1f}",
     }
 
@@ -130,10 +130,10 @@ def _effect(record: SweepRecord, key: str, metric: Metric) -> Markup:
     scores: dict[str, list[float]] = {}
     for dot in dots:
         if dot.is_done:
-            scores.setdefault(leaderboard.cell(dot.value), []).append(dot.score)
+            scores.setdefault(display.cell(dot.value), []).append(dot.score)
     listed = sweep_axes.choices([dot.value for dot in dots if dot.is_done])
     told = "; ".join(
-        f"{name}: {leaderboard.number(metric, statistics.median(scores[name]))}"
+        f"{name}: {display.number(metric, statistics.median(scores[name]))}"
         for name in listed[:MAX_TOLD]
     )
     more = f"; and {len(listed) - MAX_TOLD} more values" if len(listed) > MAX_TOLD else ""
@@ -155,7 +155,7 @@ def _parallel(record: SweepRecord, keys: Sequence[str], metric: Metric | None) -
     ]
     means = [row.mean for row in rows if row.mean is not None]
     axes.append(sweep_axes.axis_of_scores(metric, means))
-    best = " ".join(f"{key}={leaderboard.cell(rows[0].config.get(key))}" for key in keys)
+    best = " ".join(f"{key}={display.cell(rows[0].config.get(key))}" for key in keys)
     label = f"A line for each of {len(rows)} configurations across {len(keys)} keys and {metric}."
     return sweep_plots.parallel(axes, True, f"{label} The winner: {best}.")
 
@@ -226,7 +226,7 @@ def _history(record: SweepRecord) -> Markup | None:
     if not done:
         return None
     best = max(done) if direction == "maximize" else min(done)
-    label = f"{name} of {len(done)} completed trials; the best is {leaderboard.number(name, best)}."
+    label = f"{name} of {len(done)} completed trials; the best is {display.number(name, best)}."
     num_trials = len(search.history)
     return sweep_plots.history(name, dots, num_trials, direction == "maximize", label)
 

@@ -40,7 +40,7 @@ from mnist_cli.report.sweep_axes import (
     range_of,
     short,
 )
-from mnist_cli.sweep import leaderboard
+from mnist_cli.sweep import display
 
 MAX_CHOICES = 16  # of a key that is drawn
 MAX_CURVE_POINTS = 8000  # of all curves in a drawing
@@ -74,7 +74,7 @@ def effect_of_choices(metric: str, dots: Sequence[Dot], label: str) -> Markup:
     axes.grid(visible=False, axis="y")
     scale(axes, "x", [low, high], percent=_is_share(metric))
     for row, name in enumerate(names):
-        strip = [dot for dot in dots if leaderboard.cell(dot.value) == name]
+        strip = [dot for dot in dots if display.cell(dot.value) == name]
         _strip(axes, row, strip, low, high)
         axes.annotate(
             word(row), (0, row), xycoords=("axes fraction", "data"), xytext=(-8, 0),
@@ -83,7 +83,7 @@ def effect_of_choices(metric: str, dots: Sequence[Dot], label: str) -> Markup:
         done = [dot.score for dot in strip if dot.is_done]
         if done:
             axes.annotate(
-                leaderboard.number(metric, statistics.median(done)), (1, row),
+                display.number(metric, statistics.median(done)), (1, row),
                 xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
                 ha="left", va="center", fontsize=9, color=MUTED,
             )  # fmt: skip

@@ -10,6 +10,7 @@
     study        what Optuna knows of it
     board        what a person sees meanwhile
     leaderboard  what came of it, made of what lies in the folder
+    display      the same as people read it
 
 A failed job never stops the rest. Randomness is counted and every job builds all that it uses, so a
 job of a sweep gives the same numbers as the same run alone with as many threads; one of a stack
@@ -32,7 +33,7 @@ from mnist_cli.console import Console
 from mnist_cli.errors import MnistCliError, SweepError
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
-from mnist_cli.sweep import group, leaderboard, pool, study
+from mnist_cli.sweep import display, group, leaderboard, pool, study
 from mnist_cli.sweep import search as searching
 from mnist_cli.sweep.board import Board
 from mnist_cli.sweep.job import (
@@ -283,7 +284,7 @@ def finish(
     failures = {Path(d["run_dir"] or "").name: d["error"] for d in failed if "exit_code" in d}
     board = leaderboard.build(folder, failures, _configs(waiting)) | (of_search or {})
     leaderboard.write(folder, board)
-    leaderboard.show(board, console)
+    display.show(board, console)
     nowhere = Counter(document["error"] for document in failed if document["run_dir"] is None)
     for error, count in nowhere.items():
         console.say(f"failed   {count} without a folder: {error}")

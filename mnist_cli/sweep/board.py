@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console, LiveTable
-from mnist_cli.sweep import leaderboard
+from mnist_cli.sweep import display, leaderboard
 from mnist_cli.sweep.job import Document, Job
 
 HEADERS = ("job", "what differs", "state", "best", "time")
@@ -30,7 +30,7 @@ class Line:
         seconds = self.seconds
         if self.state.startswith("epoch") or self.state == "starting":
             seconds = time.monotonic() - self.started_s
-        best = "" if self.best is None else leaderboard.number(self.metric, self.best)
+        best = "" if self.best is None else display.number(self.metric, self.best)
         spent = "" if seconds is None else f"{seconds:.1f} s"
         return (str(self.number), self.label, self.state, best, spent)
 
@@ -113,7 +113,7 @@ class Board:
         if line.state == "failed" or document.get("error"):
             words.append(document["error"])
         elif line.best is not None:
-            words.append(f"{line.metric} {leaderboard.number(line.metric, line.best)}")
+            words.append(f"{line.metric} {display.number(line.metric, line.best)}")
         if line.seconds is not None:
             words.append(f"{line.seconds:.1f} s")
         return "  ".join(words)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mnist_cli import durable
 from mnist_cli.config import OBJECTIVES, SweepConfig
 from mnist_cli.errors import UsageError
-from mnist_cli.sweep import leaderboard
+from mnist_cli.sweep import display
 from mnist_cli.sweep.job import Document, has_failed
 from mnist_cli.sweep.space import Space, as_run
 
@@ -287,10 +287,10 @@ def show(board: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"mattered {', '.join(shares)}")
     for trial in board["pareto"]:
         values = [
-            f"{name} {leaderboard.number(name, value)}" for name, value in trial["values"].items()
+            f"{name} {display.number(name, value)}" for name, value in trial["values"].items()
         ]
         chosen = trial["config"].items()
-        what = " ".join(f"{key}={leaderboard.short_cell(value)}" for key, value in chosen)
+        what = " ".join(f"{key}={display.short_cell(value)}" for key, value in chosen)
         say(f"front    {', '.join(values)}  {what}")
 
 
