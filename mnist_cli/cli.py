@@ -81,16 +81,7 @@ def _dispatch(line: Line, console: Console, started_s: float) -> int:
     from mnist_cli import help as usage
 
     for folder in line.config_dirs:
-        if not os.path.isdir(folder):
-            raise UsageError(
-                f"--config-dir {shown(folder)} is not a folder",
-                "name a folder with options of your own, such as DIR/optim/NAME.yaml",
-            )
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise UsageError(
-                f"--config-dir {shown(folder)} can't be read: Permission denied",
-                "make it readable, or name another folder",
-            )
+        _check_config_dir(folder)
     if "version" in line.own:
         console.answer(f"mnist-cli {__version__}", {"version": __version__})
     elif line.command is None:
@@ -113,6 +104,26 @@ def _dispatch(line: Line, console: Console, started_s: float) -> int:
     else:
         return _run(line, console, started_s)
     return 0
+
+
+def _check_config_dir(folder: str) -> None:
+    """Raises UsageError: it can't be read, or Hydra would pass over a file in it without a word."""
+    from mnist_cli import conf
+
+    if not os.path.isdir(folder):
+        raise UsageError(
+            f"--config-dir {shown(folder)} is not a folder",
+            "name a folder with options of your own, such as DIR/optim/NAME.yaml",
+        )
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UsageError(
+            f"--config-dir {shown(folder)} can't be read: Permission denied",
+            "make it readable, or name another folder",
+        )
+    for path, reason in conf.passed_over(folder):
+        raise UsageError(
+            f"{shown(str(path), 1000)} would not be read: {reason}", "give it another name"
+        )
 
 
 def _run(line: Line, console: Console, started_s: float) -> int:

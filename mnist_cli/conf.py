@@ -103,6 +103,19 @@ def options(group: str, config_dirs: Sequence[str | Path] = ()) -> dict[str, Opt
     return found
 
 
+def passed_over(folder: str | Path) -> Iterator[tuple[Path, str]]:
+    """The files of a user's folder that Hydra doesn't read, and why not."""
+    for command in COMMANDS:
+        if (path := Path(folder) / f"{command}.yaml").is_file():
+            yield path, f"what {command} is made of can't be replaced"
+    for group in (*GROUPS, EXPERIMENT):
+        for path in sorted((Path(folder) / group).glob("*.y*ml")):
+            if path.suffix == ".yml":
+                yield path, "names of options end in .yaml"
+            elif (conf_dir() / group / path.name).is_file():
+                yield path, f"{group}={path.stem} is one of mnist-cli's own"
+
+
 def command_keys(command: str, config_dirs: Sequence[str | Path] = ()) -> list[Key]:
     """The keys that stand in `conf/<command>.yaml`, those of its groups not among them."""
     file = _command_file(command, config_dirs)

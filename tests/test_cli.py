@@ -609,6 +609,29 @@ def test_a_users_folder_adds_options(mnist_cli: Program) -> None:
     assert (outcome.code, "tiny" in outcome.hint) == (2, True)
 
 
+@pytest.mark.usefixtures("no_run")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("model/cnn.yaml", "model=cnn is one of mnist-cli's own"),
+        ("experiment/mnist_fast.yaml", "experiment=mnist_fast is one of mnist-cli's own"),
+        ("optim/slow.yml", "names of options end in .yaml"),
+        ("train.yaml", "what train is made of can't be replaced"),
+    ],
+)
+def test_a_file_that_would_not_be_read_is_named(
+    mnist_cli: Program, tmp_path: Path, name: str, reason: str
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("name: adam\n")
+    for words in (("train",), ("list", "model"), ("train", "--help")):
+        outcome = mnist_cli(*words, "--config-dir", str(tmp_path))
+        assert outcome.code == 2
+        assert outcome.error == f"'{path}' would not be read: {reason}"
+        assert outcome.hint == "give it another name"
+
+
 # --- Hydra's own ---------------------------------------------------------------------------------
 
 
