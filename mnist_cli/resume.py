@@ -18,7 +18,7 @@ from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.config import FREE_KEYS, TrainConfig, flatten, to_plain, train_config
 from mnist_cli.console import Console
 from mnist_cli.errors import CheckpointError, UsageError
-from mnist_cli.run import RunFolder
+from mnist_cli.run import RunFolder, as_typed
 
 # Without these the position in an epoch, or the tensors, would mean something else.
 FIXED_KEYS = ("model", "dataset", "batch_size", "grad_accum", "seed", "optim.name", "loss.name")
@@ -160,7 +160,7 @@ def _check_changes(stored: TrainConfig, new: TrainConfig, allowed: Collection[st
             continue
         typed = group if _is_choice(key) else key
         raise UsageError(
-            f"{typed}={_word(now)} differs from the run's {typed}={_word(was)}",
+            f"{typed}={as_typed(now)} differs from the run's {typed}={as_typed(was)}",
             f"leave out what sets {typed}, or start a new run"
             if fixed
             else f"leave out what sets {typed}, or allow it: resume_allow=[{typed}]",
@@ -169,9 +169,3 @@ def _check_changes(stored: TrainConfig, new: TrainConfig, allowed: Collection[st
 
 def _is_choice(key: str) -> bool:
     return key.endswith(".name")
-
-
-def _word(value: Any) -> str:
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )

@@ -269,11 +269,11 @@ def command_of(config: TrainConfig) -> str:
             continue
         if isinstance(value, dict) and "name" in value:
             words.append(f"{key}={value['name']}")
-            words += [f"{key}.{k}={_override(v)}" for k, v in value.items() if k != "name"]
+            words += [f"{key}.{k}={as_typed(v)}" for k, v in value.items() if k != "name"]
         elif isinstance(value, dict):
-            words += [f"{key}.{k}={_override(v)}" for k, v in value.items()]
+            words += [f"{key}.{k}={as_typed(v)}" for k, v in value.items()]
         else:
-            words.append(f"{key}={_override(value)}")
+            words.append(f"{key}={as_typed(value)}")
     return shlex.join(words)
 
 
@@ -287,14 +287,14 @@ def quoted(text: str) -> str:
     return f"'{escaped}{ending}'"
 
 
-def _override(value: Any) -> str:
-    """`value` in Hydra's override grammar."""
+def as_typed(value: Any) -> str:
+    """`value` as one types it behind a `=`, in Hydra's grammar."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(_override(item) for item in value)}]"
+        return f"[{','.join(as_typed(item) for item in value)}]"
     if isinstance(value, str):
         return value if _WORD.fullmatch(value) else quoted(value)
     return repr(value)
