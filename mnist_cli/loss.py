@@ -45,7 +45,7 @@ def build_loss_gradient(config: LossConfig, loss: Loss) -> LossGradient:
     Args:
         loss: what `build_loss` made of `config`.
     """
-    is_smoothed = isinstance(config, SmoothedLossConfig) and config.label_smoothing > 0
+    is_smoothed = not isinstance(config, SmoothedLossConfig) or config.label_smoothing > 0
     if config.name == "cross_entropy" and not is_smoothed:
         return cross_entropy_gradient
 

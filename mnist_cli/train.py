@@ -31,6 +31,8 @@ from mnist_cli.model.linear import Linear
 from mnist_cli.model.mlp import Mlp
 from mnist_cli.options import (
     DatasetConfig,
+    LinearModelConfig,
+    MlpConfig,
     PluginLossConfig,
     PluginModelConfig,
     PluginScheduleConfig,
@@ -192,7 +194,7 @@ def prepare(
         model.load_state_dict(before.model)
     optimizer = optim.build_optimizer(config.optim, model)
     if before is not None:
-        optim.restore_state(optimizer, model, before.optim)
+        optim.restore_state(optimizer, config.optim, model, before.optim)
         scale, steps = before.progress.loss_scale, before.progress.loss_scale_steps
         if scale is not None:
             state = {"scale": scale, "_growth_tracker": steps}
@@ -219,9 +221,11 @@ def _backprop(
     config: TrainConfig, device: torch.device, model: nn.Module, loss: Loss
 ) -> Backprop | None:
     """Backpropagation without autograd, where it is written out and all that a step needs."""
-    if device.type != "cpu" or config.compile or config.grad_accum > 1:
+    is_ours = isinstance(config.model, LinearModelConfig | MlpConfig)
+    if not is_ours or isinstance(config.loss, PluginLossConfig):  # which may do anything
         return None
-    if type(model) not in (Linear, Mlp):  # a plugin's subclass may have another forward pass
+    is_plain = config.precision == "float32" and not config.compile and config.grad_accum == 1
+    if device.type != "cpu" or not is_plain:
         return None
     return Backprop(cast("Linear | Mlp", model), build_loss_gradient(config.loss, loss))
 

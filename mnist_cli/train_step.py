@@ -60,7 +60,7 @@ def take_step(job: Job, indices: Tensor, step: int) -> float:
 
 
 def compute_gradients(job: Job, indices: Tensor) -> list[Tensor]:
-    """Compute the gradient of the mean loss of the samples `indices`.
+    """Compute the gradient of the mean loss of the samples `indices`, by hand or by autograd.
 
     Returns:
         The part of each batch in that loss, () float32: they add up to it.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import Program
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,11 +17,18 @@ from torch import Tensor, nn
 
 from mnist_cli import train, train_step
 from mnist_cli.checkpoint import load
-from mnist_cli.loss import build_loss, build_loss_gradient
+from mnist_cli.config import train_config
+from mnist_cli.loss import Loss, build_loss, build_loss_gradient
 from mnist_cli.model.backprop import Backprop
 from mnist_cli.model.linear import Linear
 from mnist_cli.model.mlp import Mlp
-from mnist_cli.options import LossConfig, MseConfig, SmoothedLossConfig
+from mnist_cli.options import (
+    LossConfig,
+    MseConfig,
+    PluginLossConfig,
+    PluginModelConfig,
+    SmoothedLossConfig,
+)
 
 LOSSES: list[LossConfig] = [
     SmoothedLossConfig(name="cross_entropy", label_smoothing=0.0),
@@ -140,3 +150,29 @@ def test_what_is_not_written_out_is_left_to_autograd(
     words = ("model=mlp", "dataset=digits", "epochs=1", "device=cpu", "--quiet", word)
     assert mnist_cli("train", *words).code == 0
     assert set(found) == {None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForeignModelConfig(PluginModelConfig):
+    def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+        return Mlp((4,), 0.0, input_shape, num_outputs).requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForeignLossConfig(PluginLossConfig):
+    def build(self, task: str) -> Loss:
+        return lambda outputs, targets: outputs.clamp_(0, 1).mean()
+
+
+def test_what_plugins_bring_is_left_to_autograd(mnist_cli: Program, tmp_path: Path) -> None:
+    """They may freeze layers of our models, hook into them, and change outputs in place."""
+    assert mnist_cli("train", *WORDS, "model=mlp", "epochs=1", f"out={tmp_path}/run").code == 0
+    config = train_config(yaml.safe_load((tmp_path / "run/config.yaml").read_text()))
+    cpu, loss = torch.device("cpu"), build_loss(config.loss, "classification")
+    model = Mlp((4,), 0.0, (1, 8, 8), 10)
+    assert train._backprop(config, cpu, model, loss) is not None
+    for foreign in (
+        dataclasses.replace(config, model=ForeignModelConfig(name="foreign")),
+        dataclasses.replace(config, loss=ForeignLossConfig(name="foreign")),
+    ):
+        assert train._backprop(foreign, cpu, model, loss) is None

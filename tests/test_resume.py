@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import random
@@ -30,7 +31,6 @@ from faults import (
 )
 
 from mnist_cli import checkpoint, conf, loop, outcome, runtime, train, train_step
-from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.console import Console
 from mnist_cli.job import Job
 
@@ -445,6 +445,20 @@ def test_a_key_that_is_allowed_changes_the_rest_of_the_run(stops: Stops, tmp_pat
     assert metrics_rows(folder)[0] == stops.outcome["metrics"][0]
 
 
+@pytest.mark.parametrize(
+    ("optim", "before", "after"),
+    [("sgd", 0.9, 0), ("sgd", 0, 0.9), ("rmsprop", 0.9, 0), ("rmsprop", 0, 0.9)],
+)
+def test_momentum_may_come_and_go(tmp_path: Path, optim: str, before: float, after: float) -> None:
+    folder, momentum = tmp_path / "run", f"optim.momentum={before}"
+    assert here(*TRAIN, f"optim={optim}", momentum, f"out={folder}", "--quiet").code == 0
+    words = (f"resume={folder}", "epochs=5", f"optim.momentum={after}", "resume_allow=[optim]")
+    ended = here("train", *words, "--quiet")
+    assert (ended.code, ended.stderr) == (0, "")
+    state_of(folder / "last.safetensors")  # refuses state that the optimizer doesn't keep
+    assert here("train", f"resume={folder}", "epochs=6", "--quiet").code == 0
+
+
 def test_a_run_that_is_done_keeps_its_records(stops: Stops, tmp_path: Path) -> None:
     """Nothing is trained, so they would tell of settings that never were."""
     folder = stops.after(stops.steps[-1], tmp_path / "run")
@@ -568,24 +582,24 @@ def test_optimizer_state_that_does_not_fit_is_refused(stops: Stops, tmp_path: Pa
     """Fused optimizers walk through memory: state of another shape must never reach them."""
     folder = stops.after(33, tmp_path / "run")
     found = checkpoint.load(folder / "last.safetensors")
-    name = "output.weight.exp_avg"
-    damages: dict[str, Checkpoint] = {
-        "none": dataclasses.replace(found, optim={}),
-        "missing": dataclasses.replace(
-            found, optim={k: v for k, v in found.optim.items() if k != name}
-        ),
-        "scalar": dataclasses.replace(found, optim=found.optim | {name: torch.tensor(0.0)}),
-        "extra": dataclasses.replace(found, optim=found.optim | {f"{name}2": found.optim[name]}),
-        "step": dataclasses.replace(
-            found, optim=found.optim | {"output.weight.step": found.model["output.weight"]}
-        ),
+    name, step = "output.weight.exp_avg", "output.weight.step"
+    weight, state = found.model["output.weight"], found.optim
+    damages: dict[str, dict[str, torch.Tensor]] = {
+        "holds no state of the optimizer": {},
+        f"lacks the tensors 'optim.{name}'": {k: v for k, v in state.items() if k != name},
+        f"has a tensor 'optim.{name}' of shape []": state | {name: torch.tensor(0.0)},
+        f"has unknown tensors 'optim.{name}2'": state | {f"{name}2": weight},
+        f"has a tensor 'optim.{step}' of shape [10, 16]": state | {step: weight},
     }
-    (folder / "best.safetensors").unlink()
-    for what, damaged in damages.items():
-        checkpoint.save(folder / "last.safetensors", damaged)
+    for reason, optim in damages.items():
+        for path in (folder / "last.safetensors", folder / "best.safetensors"):
+            checkpoint.save(path, dataclasses.replace(found, optim=optim))
         ended = here("train", f"resume={folder}", "--quiet")
-        assert ended.code == 4, what
-        two_lines(ended.stderr)
+        assert ended.code == 4
+        assert two_lines(ended.stderr)[0].count(reason) == 2  # the last and the best
+    for path in (folder / "last.safetensors", folder / "best.safetensors"):
+        checkpoint.save(path, found)
+    assert here("train", f"resume={folder}", "--quiet").code == 0
 
 
 # --- numbers that are not finite, and memory -----------------------------------------------------
@@ -617,23 +631,25 @@ def test_numbers_that_are_not_finite_end_the_run(
     assert (ended.code, ended.stderr) == (0, "")
 
 
+def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 @pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
 def test_a_gradient_that_is_not_finite_ends_the_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: float
 ) -> None:
-    """The loss is finite, and one number of the gradient is not, at step 35 only."""
-    folder = tmp_path / "run"
-    real = train_step.take_step
+    """The loss is finite, and one parameter's gradient is not, at step 35 only."""
+    folder, steps = tmp_path / "run", itertools.count(1)
+    real = train_step.update_weights
 
-    def take_step(job: Job, indices: torch.Tensor, step: int) -> float:
-        parameter = next(job.model.parameters())
-        hook = parameter.register_hook(lambda gradient: gradient * number) if step == 34 else None
-        loss = real(job, indices, step)
-        if hook is not None:
-            hook.remove()
-        return loss
+    def update_weights(job: Job) -> None:
+        if next(steps) == 35:
+            gradient_of(job.parameters[0]).mul_(number)
+        real(job)
 
-    monkeypatch.setattr(train_step, "take_step", take_step)
+    monkeypatch.setattr(train_step, "update_weights", update_weights)
     ended = here(*TRAIN, f"out={folder}", "--quiet")
     assert ended.code == 5
     assert "the gradient is nan at step 35, with learning rate 0.001" in two_lines(ended.stderr)[0]
@@ -645,18 +661,19 @@ def test_gradients_too_large_to_square_never_spoil_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, optim: str
 ) -> None:
     """Their squares overflow in the optimizer's state while the weights stay finite."""
-    folder = tmp_path / "run"
-    real = train_step.take_step
+    folder, steps = tmp_path / "run", itertools.count(1)
+    real = train_step.update_weights
 
-    def take_step(job: Job, indices: torch.Tensor, step: int) -> float:
-        for parameter in job.model.parameters():
-            if step == 34 and not parameter._backward_hooks:
-                parameter.register_hook(lambda gradient: gradient * 1e25)
-        return real(job, indices, step)
+    def update_weights(job: Job) -> None:
+        if next(steps) >= 35:
+            for parameter in job.parameters:
+                gradient_of(parameter).mul_(1e25)
+        real(job)
 
-    monkeypatch.setattr(train_step, "take_step", take_step)
+    monkeypatch.setattr(train_step, "update_weights", update_weights)
     ended = here(*TRAIN, f"optim={optim}", f"out={folder}", "--quiet")
     assert ended.code in (0, 5)
+    assert next(steps) > 35  # the gradients were scaled
     for path in folder.glob("*.safetensors"):
         state_of(path)
 

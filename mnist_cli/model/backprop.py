@@ -1,7 +1,8 @@
 """Backpropagation through `linear` and `mlp`, written out: autograd's gradients, to the bit.
 
-On a CPU autograd takes as long as a third of a perceptron's products for work of its own: nodes,
-saved tensors, fresh memory. Here the two passes are a handful of calls.
+On a CPU small models spend much of a step on what autograd does besides: nodes, saved tensors,
+fresh memory. Here the two passes are a handful of calls. (A layer of one unit that is fed a batch
+of one is the exception: there torch transposes a product, and a last digit may differ.)
 
 Source: Rumelhart, Hinton and Williams, "Learning representations by back-propagating errors", 1986.
 """
