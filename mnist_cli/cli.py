@@ -80,8 +80,8 @@ def _mend_streams() -> None:
 def _dispatch(line: Line, console: Console, started_s: float) -> int:
     from mnist_cli import help as usage
 
-    for folder in line.config_dirs:
-        _check_config_dir(folder)
+    for folder in line.typed_dirs:
+        _check_config_dir(line.command or "", folder)
     if "version" in line.own:
         console.answer(f"mnist-cli {__version__}", {"version": __version__})
     elif line.command is None:
@@ -106,8 +106,8 @@ def _dispatch(line: Line, console: Console, started_s: float) -> int:
     return 0
 
 
-def _check_config_dir(folder: str) -> None:
-    """Raises UsageError: it can't be read, or Hydra would pass over a file in it without a word."""
+def _check_config_dir(command: str, folder: str) -> None:
+    """Raises UsageError: it can't be read, or Hydra would pass over an option in it."""
     from mnist_cli import conf
 
     if not os.path.isdir(folder):
@@ -120,10 +120,8 @@ def _check_config_dir(folder: str) -> None:
             f"--config-dir {shown(folder)} can't be read: Permission denied",
             "make it readable, or name another folder",
         )
-    for path, reason in conf.passed_over(folder):
-        raise UsageError(
-            f"{shown(str(path), 1000)} would not be read: {reason}", "give it another name"
-        )
+    for path, reason, instead in conf.passed_over(command, folder):
+        raise UsageError(f"{shown(str(path), 1000)} would not be read: {reason}", instead)
 
 
 def _run(line: Line, console: Console, started_s: float) -> int:

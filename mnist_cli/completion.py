@@ -208,7 +208,7 @@ def _parse(words: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
 
 def _chosen(command: str, config_dirs: Sequence[str], rest: Sequence[str]) -> dict[str, list[str]]:
     """The options of each group: those on the line, else those of its recipe, else the defaults."""
-    chosen = {group: [name] for group, name in conf.default_options(command, config_dirs).items()}
+    chosen = {group: [name] for group, name in conf.default_options(command).items()}
     pairs = [word.partition("=")[::2] for word in rest]
     recipes = conf.options(conf.EXPERIMENT, config_dirs) if chosen else {}
     for key, value in pairs:
@@ -230,7 +230,7 @@ def _keys(command: str, config_dirs: Sequence[str], rest: Sequence[str]) -> list
 def _option_keys(
     command: str, config_dirs: Sequence[str], chosen: dict[str, list[str]]
 ) -> list[conf.Key]:
-    keys = conf.command_keys(command, config_dirs)
+    keys = conf.command_keys(command)
     for group, names in chosen.items():
         options = conf.options(group, config_dirs)
         for name in names:

@@ -103,28 +103,33 @@ def options(group: str, config_dirs: Sequence[str | Path] = ()) -> dict[str, Opt
     return found
 
 
-def passed_over(folder: str | Path) -> Iterator[tuple[Path, str]]:
-    """The files of a user's folder that Hydra doesn't read, and why not."""
-    for command in COMMANDS:
-        if (path := Path(folder) / f"{command}.yaml").is_file():
-            yield path, f"what {command} is made of can't be replaced"
+def passed_over(command: str, folder: str | Path) -> Iterator[tuple[Path, str, str]]:
+    """The files of a user's folder that seem to be meant for `command` but that Hydra won't read.
+
+    Yields:
+        The file, why not, and what to do instead.
+    """
+    path = Path(folder) / f"{command}.yaml"
+    if path.is_file() and (conf_dir() / path.name).is_file():
+        instead = f"put it into {EXPERIMENT}/NAME.yaml, and type +{EXPERIMENT}=NAME"
+        yield path, f"{command} has its defaults from mnist-cli", instead
     for group in (*GROUPS, EXPERIMENT):
         for path in sorted((Path(folder) / group).glob("*.y*ml")):
             if path.suffix == ".yml":
-                yield path, "names of options end in .yaml"
+                yield path, "names of options end in .yaml", f"call it {path.stem}.yaml"
             elif (conf_dir() / group / path.name).is_file():
-                yield path, f"{group}={path.stem} is one of mnist-cli's own"
+                yield path, f"{group}={path.stem} is one of mnist-cli's own", "give it another name"
 
 
-def command_keys(command: str, config_dirs: Sequence[str | Path] = ()) -> list[Key]:
+def command_keys(command: str) -> list[Key]:
     """The keys that stand in `conf/<command>.yaml`, those of its groups not among them."""
-    file = _command_file(command, config_dirs)
+    file = _command_file(command)
     return list(file.keys) if file else []
 
 
-def default_options(command: str, config_dirs: Sequence[str | Path] = ()) -> dict[str, str]:
+def default_options(command: str) -> dict[str, str]:
     """The option of each group if none is chosen; empty for a command without groups."""
-    file = _command_file(command, config_dirs)
+    file = _command_file(command)
     return {group: name for group, name in file.defaults if group in GROUPS} if file else {}
 
 
@@ -144,8 +149,8 @@ def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Value]:
 
 def known_keys(command: str, config_dirs: Sequence[str | Path] = ()) -> list[str]:
     """All that can stand left of a `=`: keys, groups, and the keys of every option."""
-    known = [key.path for key in command_keys(command, config_dirs)]
-    for group in default_options(command, config_dirs):
+    known = [key.path for key in command_keys(command)]
+    for group in default_options(command):
         known.append(group)
         for option in options(group, config_dirs).values():
             known += [key.path for key in option.keys]
@@ -187,11 +192,9 @@ def _option(group: str, path: Path) -> Option:
     return Option(path.stem, file.description, tuple(keys))
 
 
-def _command_file(command: str, config_dirs: Sequence[str | Path]) -> File | None:
-    if command not in COMMANDS:
-        return None
-    paths = (Path(folder) / f"{command}.yaml" for folder in (conf_dir(), *config_dirs))
-    return next((read(path) for path in paths if path.is_file()), None)
+def _command_file(command: str) -> File | None:
+    path = conf_dir() / f"{command}.yaml"
+    return read(path) if command in COMMANDS and path.is_file() else None
 
 
 def _rank(group: str, name: str) -> int:

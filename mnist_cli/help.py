@@ -84,8 +84,8 @@ def usage() -> str:
 
 def command_usage(command: str, config_dirs: Sequence[str | Path] = ()) -> str:
     """What `mnist-cli COMMAND --help` prints, the options in `config_dirs` included."""
-    chosen = conf.default_options(command, config_dirs)
-    keys = conf.command_keys(command, config_dirs)
+    chosen = conf.default_options(command)
+    keys = conf.command_keys(command)
     parts = [f"usage: mnist-cli {_synopsis(command, keys)}", f"{conf.COMMANDS[command]}."]
     if command == "list":
         parts.append("Groups:\n" + _rows((group, "") for group in (*conf.GROUPS, conf.EXPERIMENT)))

@@ -36,8 +36,8 @@ class Line(NamedTuple):
         return typed_plugins(self.overrides)
 
     @property
-    def config_dirs(self) -> tuple[str, ...]:
-        """The folders of --config-dir, and of the plugins. Raises UsageError: no such plugin."""
+    def typed_dirs(self) -> tuple[str, ...]:
+        """The folders of --config-dir."""
         folders, words = [], iter(self.hydra)
         for word in words:
             flag, equals, value = word.partition("=")
@@ -45,11 +45,16 @@ class Line(NamedTuple):
                 value = next(words)
             if flag in ("-cd", "--config-dir"):
                 folders.append(value)
+        return tuple(folders)
+
+    @property
+    def config_dirs(self) -> tuple[str, ...]:
+        """The folders of --config-dir, and of the plugins. Raises UsageError: no such plugin."""
         if not self.plugins:
-            return tuple(folders)
+            return self.typed_dirs
         from mnist_cli import plugin
 
-        return (*folders, *plugin.folders(self.plugins))
+        return (*self.typed_dirs, *plugin.folders(self.plugins))
 
     @property
     def hydra_flags(self) -> set[str]:
