@@ -342,8 +342,9 @@ def report() -> str:
         "Ratios are peer over ours, so above 1 we are faster: median (least to largest) of"
         " interleaved pairs.",
         "",
-        "| work | epochs | peer | loop | whole process | accuracy ours / peer | of the limit |",
-        "|---|---|---|---|---|---|---|",
+        "| work | epochs | peer | loop | whole process | accuracy ours / peer | of the limit"
+        " | CPU |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in training:
         void = row["accuracy"] < row["peer_accuracy"] - 0.001
@@ -357,12 +358,13 @@ def report() -> str:
             "void" if void else shown(row["wall"]),
             f"{row['accuracy']:.2%} / {row['peer_accuracy']:.2%}",
             limit,
+            row["cpu"],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## What a step is made of", ""]
     lines += [
-        "Each part alone, as a share of the step: what is left goes to autograd, torch's dispatcher"
-        " and Python, and to what the parts lose beside each other.",
+        "Each part alone, as a share of the step: what is left goes to torch's dispatcher, Python"
+        " and, for the CNNs, autograd, and to what the parts lose beside each other.",
         "",
         "| work | a step | products, convolutions | optimizer | ReLU, pooling | gather, normalise"
         " | dropout | the rest |",
@@ -395,13 +397,13 @@ def report() -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Sweeps", "", "The second over the first, or seconds."]
-    lines += ["", "| sweep | whole process | in the loops |", "|---|---|---|"]
+    lines += ["", "| sweep | whole process | in the loops | CPU |", "|---|---|---|---|"]
     for row in swept:
         if "seconds" in row:
             cells = [row["name"], f"{shown(row['seconds'])} s", ""]
         else:
             cells = [row["name"], shown(row["wall"]), shown(row["loop"]) if row["loop"] else ""]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([*cells, row['cpu']])} |")
     lines += cuda.report(on_gpu)
     return "\n".join(lines) + "\n"
 

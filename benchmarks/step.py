@@ -3,7 +3,8 @@
     python benchmarks/step.py [--only mlp]
 
 prints one JSON line for each work. What is left of the step when its parts are taken away is what
-autograd, torch's dispatcher and Python take, and what the parts lose in each other's company.
+torch's dispatcher, Python and, for the CNNs, autograd take, and what the parts lose in each other's
+company.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ FREE = {
 }  # fmt: skip
 MAX_MEMBERS = 64  # each keeps two files open
 
-# The widest hidden layer for which sweep.fused=auto makes a stack. On two cores four runs of one
-# layer of 256 are 1.4 times as fast so, eight of 128 2.5 times, and four of 512 and 256 1.0 times:
-# wide products use a CPU as well alone.
-WIDEST = 256
+# The widest hidden layer for which sweep.fused=auto makes a stack. On two cores 16 runs of one
+# layer of 64 are 2.3 times as fast so, eight of 128 1.4 times, and eight of 256 1.1 times: wide
+# products use a CPU as well alone.
+WIDEST = 128
 
 
 @dataclass(frozen=True)
