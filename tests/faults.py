@@ -668,6 +668,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     _warm_up()
+    torch.set_flush_denormal(False)  # as it is in a new process
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)

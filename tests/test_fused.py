@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import faults
 import pytest
 from faults import Server, figure, many, outcome_of, temporaries, two_lines
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_sweep import board_of, busy, children_of, folders, kills_until_done, states
 
@@ -209,6 +209,7 @@ def sweep_with(**values: Any) -> SweepConfig:
     jobs=st.integers(1, 5),
     fused=st.sampled_from(["auto", "true", "false"]),
 )
+@example(chosen=[(place % 4, 64) for place in range(150)], jobs=1, fused="auto")
 @settings(max_examples=60, deadline=None)
 def test_every_job_is_planned_once(chosen: Any, jobs: int, fused: str) -> None:
     configs = [config_with(seed=seed, batch_size=size) for seed, size in chosen]

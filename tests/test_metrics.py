@@ -13,8 +13,10 @@ import sklearn.metrics
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from mnist_cli import scoring
+from mnist_cli.dataset import DatasetSpec, Split
 from mnist_cli.metrics import (
     calibration_bins,
     calibration_error,
@@ -160,15 +162,17 @@ def test_interval_equals_the_roots_of_wilsons_equation(n: int, data: st.DataObje
         assert abs(share - root) == close(z * math.sqrt(max(root * (1 - root), 0) / n))
 
 
-@given(outputs(), st.integers(1, 7))
-@settings(max_examples=50, deadline=None)
-def test_the_size_of_evaluation_batches_changes_nothing(
-    batch: tuple[Tensor, Tensor], size: int
+@pytest.mark.parametrize("size", [1, 4, 22, 23, 500])
+def test_the_size_of_evaluation_batches_changes_no_answer(
+    monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    logits, labels = batch
-    k = names(logits.shape[1])
-    pieces = torch.cat(list(logits.split(size))), torch.cat(list(labels.split(size)))
-    assert classification(*pieces, 0.0, k) == classification(logits, labels, 0.0, k)
+    spec = DatasetSpec("linear", "regression", (3,), classes=(), mean=(), std=(), digest="")
+    models = [nn.Linear(3, 1), nn.Linear(3, 1)]
+    inputs = torch.randn(23, 3)
+    expected = [model(inputs) for model in models]
+    monkeypatch.setattr(scoring, "BATCH_SIZE", size)
+    found = scoring.answers_of_all(models, spec, Split(inputs, torch.zeros(23, 1)))
+    torch.testing.assert_close(found, expected)
 
 
 @given(outputs(), st.integers(0, 2**32))

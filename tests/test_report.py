@@ -123,7 +123,7 @@ def test_the_surest_mistakes_are_those_of_errors_csv(trained: Trained) -> None:
     rows = sorted(rows_of(run / "errors.csv"), key=lambda row: -float(row["probability"]))
     assert len(rows) > pictures.MAX_TILES
     told = [image.get("alt") for image in parsed(run / "report.html").iter("img")]
-    for row, alt in zip(rows[: pictures.MAX_TILES], told, strict=False):
+    for row, alt in zip(rows[: pictures.MAX_TILES], told[: pictures.MAX_TILES], strict=True):
         assert alt == f"Test image {row['index']}: {row['truth']}, taken for {row['answer']}"
     assert f"And {len(rows) - pictures.MAX_TILES} more in errors.csv" in text_of(
         run / "report.html"

@@ -297,10 +297,18 @@ def test_numbers_that_are_none_are_no_numbers(tmp_path: Path) -> None:
     """Of a folder from anybody: JSON knows NaN, nested lists, and integers without an end."""
     for name, value in {"a": "NaN", "b": "1e999", "c": "9" * 400, "d": "[[1]]", "e": "{}"}.items():
         leave(tmp_path, name, f"optim.lr={value}", 0.5)
-    os.mkfifo(tmp_path / "e" / "waits")
     board = leaderboard.build(tmp_path)
     leaderboard.write(tmp_path, board)
     assert all(isinstance(row["config"]["optim.lr"], str) for row in board["rows"])
+
+
+def test_a_pipe_in_a_run_folder_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        leave(tmp_path, name, "optim.lr=0.1", 0.5)
+    for path in (tmp_path / "a" / "overrides.txt", tmp_path / "b" / "result.json"):
+        path.unlink()
+        os.mkfifo(path)
+    assert [row["jobs"] for row in leaderboard.build(tmp_path)["rows"]] == [["a"]]
 
 
 def test_a_sweep_says_what_happens(mnist_cli: Program) -> None:
