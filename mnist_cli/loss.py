@@ -45,8 +45,8 @@ def build_loss_gradient(config: LossConfig, loss: Loss) -> LossGradient:
     Args:
         loss: what `build_loss` made of `config`.
     """
-    is_smoothed = not isinstance(config, SmoothedLossConfig) or config.label_smoothing > 0
-    if config.name == "cross_entropy" and not is_smoothed:
+    is_exact = isinstance(config, SmoothedLossConfig) and config.label_smoothing == 0
+    if config.name == "cross_entropy" and is_exact:
         return cross_entropy_gradient
 
     def by_autograd(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

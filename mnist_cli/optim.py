@@ -122,6 +122,8 @@ def _straight(torch_step: Any, kernel: Kernel | None) -> Any:
     to do: to make the state, to mind a gradient scaler, a parameter without gradient or a sparse
     one. The bits are the same.
     """
+    if kernel is None:
+        return torch_step
 
     def step(self: torch.optim.Optimizer) -> None:
         (group,) = self.param_groups
@@ -130,8 +132,7 @@ def _straight(torch_step: Any, kernel: Kernel | None) -> Any:
         states = [self.state.get(parameter, {}) for parameter in parameters]
         has_state = all(states) or group.get("momentum") == 0  # then SGD keeps none
         if (
-            kernel is not None
-            and group["fused"]
+            group["fused"]
             and has_state
             and parameters[0].device.type == "cpu"
             and all(grad is not None and not grad.is_sparse for grad in grads)
