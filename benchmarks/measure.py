@@ -34,7 +34,11 @@ def timed(command: Sequence[str], *, cwd: Path | None = None, code: int = 0, **e
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.DEVNULL, cwd=cwd, env=os.environ | env
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # nothing that still runs may disturb the next measurement
+            process.kill()
+            raise
         wall_s = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != code:

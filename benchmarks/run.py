@@ -10,7 +10,8 @@ the loop. A row whose accuracy is more than 0.1 points below the peer's is void.
         [--examples DIR] [--template DIR] [--gpu cuda]
 
 Rows are kept in outputs/bench/ as they come, so that a part can be measured again; RESULTS.md shows
-the newest of each. Peers that aren't there are left out, as is the part about a GPU without CUDA.
+the newest of each. Peers that aren't there are left out, as are rows in bfloat16 without AMX and
+the part about a GPU without CUDA.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -36,10 +38,13 @@ import sweeps
 import torch
 from measure import HERE, Run, ratios, spread_of, timed, told, unpack
 
+from mnist_cli import runtime
+
 ROWS = HERE.parent / "outputs" / "bench"
 INSTALLED = ("textbook", "strong", "scikit-learn")  # with .venv; the others have their own
 PARTS = ("products", "optimizer", "activations", "batch", "dropout")  # of a step, see step.py
 EXAMPLES, TEMPLATE = "pytorch/examples", "lightning-hydra-template"
+BFLOAT16, FLOAT32 = ("precision=bfloat16",), "itself in float32"
 
 
 class Work(NamedTuple):
@@ -76,6 +81,11 @@ WORKS = (
         "cnn_dropout, Adadelta, batch 64", "cnn_dropout", "adadelta", 64, 3, CNN_DROPOUT,
         ("textbook", "strong", EXAMPLES),
     ),
+    Work("cnn in bfloat16, Adam, batch 64", "cnn", "adam", 64, 1, None, (FLOAT32,), BFLOAT16),
+    Work(
+        "cnn_dropout in bfloat16, Adadelta, batch 64", "cnn_dropout", "adadelta", 64, 3, None,
+        (FLOAT32,), BFLOAT16,
+    ),
 )  # fmt: skip
 
 
@@ -95,6 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.data:
         sys.exit("error: no data\nhint: set MNIST_CLI_DATA to a folder with MNIST's four files")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     ROWS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
@@ -135,6 +146,8 @@ class Bench:
             return bool(self.options.examples)
         if peer == TEMPLATE:
             return bool(self.options.template and self.options.peers_python)
+        if peer == FLOAT32:
+            return runtime.has_amx()
         return peer in INSTALLED or bool(self.options.peers_python)
 
     def training(self, work: Work, peer: str) -> dict[str, Any]:
@@ -190,6 +203,8 @@ class Bench:
             return {"accuracy": int(hits) / 10_000, "train_s": None, "wall_s": done.wall_s}
         if peer == TEMPLATE:
             return self.train_template(work, seed)
+        if peer == FLOAT32:
+            return self.train_ours(work._replace(ours=()), seed)
         python = sys.executable if peer in INSTALLED else self.options.peers_python
         done = timed([python, *self.peer(peer, work), "--seed", str(seed)])
         return json.loads(done.said) | {"wall_s": done.wall_s}

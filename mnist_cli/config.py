@@ -214,7 +214,7 @@ def train_config(data: object) -> TrainConfig:
     _check_task(config)
     _check_optim(config)
     _check_length(config)
-    if config.precision != "float32" and config.device == "cpu":
+    if config.precision in ("tf32", "float16") and config.device == "cpu":
         raise UsageError(
             f"precision={config.precision} doesn't go with device=cpu",
             "type device=cuda, or leave precision=float32",

@@ -178,7 +178,7 @@ MALFORMED = [
     ("train device=gpu", "device='gpu'", "auto, cpu, cuda, cuda:N"),
     ("train device=cuda:x", "device='cuda:x'", "auto, cpu, cuda, cuda:N"),
     ("train device=cuda:999 dataset=digits", "device=cuda:999 is not there", "device=cpu"),
-    ("train precision=bfloat16 device=cpu", "precision=bfloat16", "device=cuda"),
+    ("train precision=float16 device=cpu", "precision=float16", "device=cuda"),
     ("train dataset=linear", "loss=cross_entropy compares classes, but dataset=linear", "loss=mse"),
     ("train dataset=linear loss=mse", "model=cnn needs images, but dataset=linear", "model=linear"),
     ("train monitor=val_mse dataset=digits", "monitor=val_mse", "monitor=val_accuracy"),
@@ -270,7 +270,6 @@ def no_cuda() -> None:
 NO_CUDA = [
     ("train device=cuda dataset=digits", "device=cuda is not there: this machine has no CUDA"),
     ("train precision=float16 dataset=digits", "precision=float16 needs CUDA"),
-    ("train precision=bfloat16 dataset=digits", "precision=bfloat16 needs CUDA"),
     ("train precision=tf32 dataset=digits", "precision=tf32 needs CUDA"),
 ]
 

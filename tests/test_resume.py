@@ -756,6 +756,41 @@ def test_float16_goes_on_with_the_scale_of_its_loss(
         assert len({(found.loss_scale, found.loss_scale_steps) for found in scales}) == 1
 
 
+def test_bfloat16_goes_on_exactly_on_a_cpu_that_is_quick_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Any CPU can compute it; without AMX it is refused, because it would only be slow."""
+    words = ("train", "model=cnn", "dataset=digits", "epochs=2", "device=cpu", "--quiet")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    refused = here(*words, "precision=bfloat16", f"out={tmp_path / 'refused'}")
+    error, hint = two_lines(refused.stderr)
+    assert refused.code == 2 and not (tmp_path / "refused").exists()
+    assert error.startswith("precision=bfloat16 needs CUDA or a CPU with AMX")
+    assert hint == "type precision=float32"
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    exact, whole, cut = (tmp_path / name for name in ("exact", "whole", "cut"))
+    assert here(*words, f"out={exact}").code == 0
+    words = (*words, "precision=bfloat16")
+    assert here(*words, f"out={whole}").code == 0
+    losses = [float(metrics_rows(folder)[0]["train_loss"]) for folder in (exact, whole)]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.03)
+
+    real = train_step.take_step
+
+    def take_step(job: Job, indices: torch.Tensor, step: int) -> float:
+        if step == 30:
+            raise KeyboardInterrupt
+        return real(job, indices, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_step, "take_step", take_step)
+        here(*words, "save_every=1", f"out={cut}")
+    assert checkpoint.load(cut / "last.safetensors").progress.step == 30
+    assert here("train", f"resume={cut}", "--quiet").code == 0
+    assert outcome_of(cut) == outcome_of(whole)
+
+
 def test_a_run_never_goes_on_with_other_data(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert here(*TRAIN, f"out={folder}", "--quiet").code == 0
