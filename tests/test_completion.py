@@ -308,6 +308,12 @@ def test_bash_and_zsh_complete_paths(typed: Typed) -> None:
     assert typed("mnist-cli train out=runs/a\tnew") == ["train", "out=runs/a:b=c/new"]
 
 
+def test_completing_leaves_the_users_word_breaks(typed: Typed) -> None:
+    before = typed('mnist-cli "${#COMP_WORDBREAKS}"')
+    assert typed("mnist-cli train model=ml\t") == ["train", "model=mlp"]
+    assert typed('mnist-cli "${#COMP_WORDBREAKS}"') == before
+
+
 def test_bash_keeps_the_users_word_breaks(home: Path) -> None:
     script = (
         'a=$COMP_WORDBREAKS; eval "$(mnist-cli -sc install=bash)"; [[ $a == "$COMP_WORDBREAKS" ]]'

@@ -43,6 +43,7 @@ CASES: list[OptimConfig] = [
     dataclasses.replace(ADAGRAD, lr_decay=0.05, weight_decay=0.1),
     dataclasses.replace(ADADELTA, lr=0.5, weight_decay=0.1),
 ]
+FUSED = [config for config in CASES if config.name not in ("rmsprop", "adadelta")]
 
 
 class Bowl(nn.Module):
@@ -116,14 +117,13 @@ def test_20_steps_equal_the_formula(config: OptimConfig) -> None:
         np.testing.assert_allclose(bowl.vector.detach().numpy(), next(vectors), rtol=1e-10)
 
 
-@pytest.mark.parametrize("config", CASES, ids=lambda config: config.name)
+@pytest.mark.parametrize("config", FUSED, ids=lambda config: config.name)
 def test_the_fused_form_equals_the_plain_loop_in_float32(config: OptimConfig) -> None:
     fast, plain = Bowl(torch.float32), Bowl(torch.float32)
     optimizer = build_optimizer(config, plain)
     for group in optimizer.param_groups:
-        group["foreach"] = False
-        if "fused" in group:
-            group["fused"] = False
+        assert group["fused"]
+        group["foreach"] = group["fused"] = False
     for _ in range(20):
         optimizer.zero_grad()
         plain().backward()
