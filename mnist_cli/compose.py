@@ -41,13 +41,14 @@ from mnist_cli.errors import Interrupted, UsageError, one_line, shown
 from mnist_cli.explain import hydra_errors, no_such_key
 from mnist_cli.imports import importing
 from mnist_cli.line import Line
+from mnist_cli.options import plugin_words
 from mnist_cli.run import RunFolder, quoted
 from mnist_cli.signals import held
 from mnist_cli.typed import UnknownKeyError, unknown_key
 
 IS_13 = hydra.__version__.startswith("1.3")
-LIST_KEYS = ("plugin", "logger")  # one name may be typed without brackets
 PATHS_KEYS = ("images", "run")  # of several paths
+LIST_KEYS = ("plugin", "logger", *PATHS_KEYS)  # one may be typed without brackets
 PATH_KEYS = (
     *PATHS_KEYS, "checkpoint", "out", "resume", "sweep.resume", "dataset.root", "dataset.mirror",
 )  # fmt: skip
@@ -94,7 +95,7 @@ def draw_report(config: Any, document: dict[str, Any], console: Console) -> None
     keys = {key.path: key.value for key in conf.read(folder.path / "config.yaml").keys}
     if keys.get("report") is not True or folder.has_report():
         return
-    with _never_failing("run", folder.path, console):
+    with _never_failing("run", folder.path, config, console):
         from mnist_cli import report
 
         report.draw(folder, console)
@@ -108,16 +109,18 @@ def draw_sweep(config: Any, folder: Path, console: Console) -> None:
     """
     if not config.report:
         return
-    with _never_failing("sweep", folder, console):
+    with _never_failing("sweep", folder, config, console):
         from mnist_cli import report
 
         report.draw_sweep(folder, console)
 
 
 @contextlib.contextmanager
-def _never_failing(what: str, folder: Path, console: Console) -> Iterator[None]:
+def _never_failing(
+    what: str, folder: Path, config: TrainConfig, console: Console
+) -> Iterator[None]:
     """Turn what goes wrong with a report into a warning, and a signal into what it interrupts."""
-    again = f"type mnist-cli report {shlex.quote(f'run={folder}')}"
+    again = f"type mnist-cli report {shlex.join([f'run={folder}', *plugin_words(config.plugin)])}"
     try:
         yield
     except Interrupted as error:
@@ -278,7 +281,8 @@ def _groups_of_run(line: Line) -> list[str]:
     So that `resume=RUN model.hidden=[32]` finds the key in the model of the run.
     """
     words = dict(word.partition("=")[::2] for word in line.overrides)
-    chosen = conf.read(Path(words.get("resume", "").strip("'\"")) / "config.yaml").keys
+    run = os.path.expanduser(words.get("resume", "").strip("'\""))
+    chosen = conf.read(Path(run) / "config.yaml").keys if run != "auto" else ()
     names = {key.path.removesuffix(".name"): str(key.value) for key in chosen}
     return [
         f"{group}={names[group]}"

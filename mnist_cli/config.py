@@ -301,8 +301,6 @@ def demo_config(data: object) -> DemoConfig:
 
 def report_config(data: object) -> ReportConfig:
     """Parse and check. Raises UsageError."""
-    if isinstance(data, dict) and isinstance(data.get("run"), str):
-        data = data | {"run": [data["run"]]}
     config = parse(ReportConfig, data)
     _check_out(config.out)
     if not config.run or not all(config.run):
@@ -325,7 +323,7 @@ def _check_checkpoint(checkpoint: str, command: str) -> None:
 
 
 def _check_device(device: str) -> None:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", device):
         raise UsageError(
             f"device='{device}' is not a choice", "device is one of: auto, cpu, cuda, cuda:N"
         )

@@ -1,7 +1,8 @@
 """What can go wrong, and the exit code of each.
 
     MnistCliError        1  a fault of the program itself
-      UsageError         2  the command line or the configuration is wrong; nothing was written
+      UsageError         2  the command line or the configuration is wrong; nothing was written (but
+                            for compile=true that fails, whose run says so)
         PluginError      2  the code of a plugin raised something else than these
       DataError          3  data missing, damaged or not to be had
       CheckpointError    4  a checkpoint is missing, damaged, foreign or from a newer version
@@ -18,7 +19,6 @@ Every error carries two lines for a person: what is wrong, and a hint of what to
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 
@@ -80,9 +80,8 @@ class SweepError(MnistCliError):
 class PrunedError(MnistCliError):
     """A search found a run not worth its time after `epoch`. It could go on: all is saved."""
 
-    def __init__(self, epoch: int, folder: object) -> None:
-        resume = shlex.quote(f"resume={folder}")
-        super().__init__(f"pruned at epoch {epoch}", f"type mnist-cli train {resume}")
+    def __init__(self, epoch: int, hint: str) -> None:
+        super().__init__(f"pruned at epoch {epoch}", hint)
 
 
 class Interrupted(BaseException):

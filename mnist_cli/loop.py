@@ -56,7 +56,8 @@ def fit(
     config, train = job.config, job.data.train
     clock = SaveClock(config.save_every)
     step, loss_sum, epoch_s = job.progress.step, job.progress.loss_sum, job.progress.epoch_s
-    with console.bar() as bar, Profiler(folder.trace if config.profile else None) as profiler:
+    trace = folder.trace if config.profile else None
+    with console.bar() as bar, Profiler(trace, console) as profiler:
         while not is_over(job):
             epoch, position = divmod(step, job.steps_per_epoch)
             order = runtime.permutation(config.seed, epoch, len(train)).to(job.device)
@@ -92,7 +93,7 @@ def fit(
             loss_sum = epoch_s = 0.0
             stop_if_asked(signals, job, folder)
             if should_stop(epoch + 1, scores[config.monitored]):
-                raise PrunedError(epoch + 1, folder.path)
+                raise PrunedError(epoch + 1, _how_to_go_on(job, folder))
     return end(job, folder)
 
 
@@ -249,12 +250,16 @@ def _record(folder: RunFolder, row: dict[str, Any], console: Console) -> None:
 def stop_if_asked(signals: SignalWatch, job: Job, folder: RunFolder) -> None:
     """Raise Interrupted if a signal came. Call it when everything is saved."""
     if signals.received is not None:
-        words = [f"resume={folder.path}", *plugin_words(job.config.plugin)]
         raise Interrupted(
             signals.received,
             f"interrupted at step {job.progress.step}; everything is saved in {folder.path}",
-            f"type mnist-cli train {shlex.join(words)}",
+            _how_to_go_on(job, folder),
         )
+
+
+def _how_to_go_on(job: Job, folder: RunFolder) -> str:
+    words = [f"resume={folder.path}", *plugin_words(job.config.plugin)]
+    return f"type mnist-cli train {shlex.join(words)}"
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mnist_cli import runtime
+from mnist_cli import durable, runtime
+from mnist_cli.console import Console
+from mnist_cli.errors import MnistCliError, one_line
 
 PROFILED_STEPS = 20
 
@@ -12,8 +14,9 @@ PROFILED_STEPS = 20
 class Profiler:
     """Writes a trace of the first steps in its block to `path`; nothing if `path` is None."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, console: Console) -> None:
         self._path = path
+        self._console = console
         self._left = PROFILED_STEPS if path else 0
 
     def __enter__(self) -> Profiler:
@@ -37,6 +40,14 @@ class Profiler:
             self._write()
 
     def _write(self) -> None:
-        with runtime.silent_stderr():
-            self._profile.stop()
-            self._profile.export_chrome_trace(str(self._path))
+        assert self._path is not None
+        try:
+            # torch takes no path that isn't UTF-8, and tells of a failure on stderr alone.
+            with durable.temporary_folder() as folder:
+                trace = folder / self._path.name
+                with runtime.silent_stderr():
+                    self._profile.stop()
+                    self._profile.export_chrome_trace(str(trace))
+                durable.write(self._path, trace.read_bytes())
+        except (OSError, MnistCliError) as error:
+            self._console.warn(f"no trace was written: {one_line(str(error))}")

@@ -20,8 +20,12 @@ from mnist_cli.console import Console
 from mnist_cli.errors import CheckpointError, UsageError
 from mnist_cli.run import RunFolder, as_typed
 
-# Without these the position in an epoch, or the tensors, would mean something else.
-FIXED_KEYS = ("model", "dataset", "batch_size", "grad_accum", "seed", "optim.name", "loss.name")
+# With others the position in an epoch, the tensors, or the value of the best epoch would mean
+# something else.
+FIXED_KEYS = (
+    *("model", "dataset", "batch_size", "grad_accum", "seed", "monitor"),
+    *("optim.name", "loss.name"),
+)
 
 
 def folder_of(config: TrainConfig) -> Path | None:
@@ -72,40 +76,47 @@ def load(
 ) -> tuple[TrainConfig, Checkpoint]:
     """The configuration to go on with, and where the run stands.
 
-    A damaged `last` falls back to `best`, which is older but whole, with a warning.
+    That is the newer of `last` and `best`: a crash may come between the two. A damaged `last` falls
+    back to `best`, with a warning.
 
     Raises:
-        CheckpointError: no checkpoint of the run can be used.
+        CheckpointError: no checkpoint of the run can be used, or the selected weights are missing.
         UsageError: a key was changed that would change the run.
     """
+    sound: dict[Path, Checkpoint] = {}
     reasons: list[str] = []
     for path in _checkpoints_in(folder.path):
         try:
-            found = checkpoints.load(path)
-            is_bare = not found.optim and bool(optim.state_names(found.config.optim))
-            # The first steps of float16 find the scale of the loss, and may leave no state.
-            if found.progress.step and is_bare and found.progress.loss_scale is None:
-                raise CheckpointError(f"{path} holds no state of the optimizer", "")
+            sound[path] = _load_whole(path)
         except CheckpointError as error:
             reasons.append(error.message)
             console.warn(error.message)
-            continue
-        if found.progress.best is not None and found.progress.best.monitor is not None:
-            _check_selected(folder.best)
-        if reasons:
-            console.warn(f"going on from {path}, at step {found.progress.step}")
-        return merge(found.config, given, typed, folder.path), found
-    raise CheckpointError(
-        "; ".join(reasons), "no checkpoint of the run can be used: mend that, or start it anew"
-    )
+    if not sound:
+        raise CheckpointError(
+            "; ".join(reasons), "no checkpoint of the run can be used: mend that, or start it anew"
+        )
+    path, found = max(sound.items(), key=lambda item: item[1].progress.step)
+    if found.progress.best is not None and found.progress.best.monitor is not None:
+        selected = sound.get(folder.best)
+        if selected is None or selected.progress.step != found.progress.best.step:
+            raise CheckpointError(
+                f"{folder.best} doesn't hold the weights of epoch {found.progress.best.epoch},"
+                " which were selected",
+                "put it back, or start the run anew",
+            )
+    if reasons:
+        console.warn(f"going on from {path}, at step {found.progress.step}")
+    return merge(found.config, given, typed, folder.path), found
 
 
-def _check_selected(path: Path) -> None:
-    """Whether the selected weights are there: better to know now than at the end."""
-    try:
-        checkpoints.load(path)
-    except CheckpointError as error:
-        raise CheckpointError(error.message, "put it back, or start the run anew") from error
+def _load_whole(path: Path) -> Checkpoint:
+    """The checkpoint, with all that is needed to go on from it. Raises CheckpointError."""
+    found = checkpoints.load(path)
+    is_bare = not found.optim and bool(optim.state_names(found.config.optim))
+    # The first steps of float16 find the scale of the loss, and may leave no state.
+    if found.progress.step and is_bare and found.progress.loss_scale is None:
+        raise CheckpointError(f"{path} holds no state of the optimizer", "")
+    return found
 
 
 def merge(
@@ -127,10 +138,7 @@ def merge(
             source, target = source[parent], target[parent]
         if leaf in source and not _is_same_option(source[leaf], target.get(leaf)):
             target[leaf] = source[leaf]
-    for key in ("resume", "resume_allow", "save_every", "profile", "device"):
-        if key in ("device", "save_every") and key not in typed:
-            continue
-        merged[key] = plain[key]
+    merged |= {key: plain[key] for key in ("resume_allow", "profile")}  # of this session alone
     new = train_config(merged | {"resume": None, "out": str(folder)})
     _check_changes(stored, new, given.resume_allow)
     return new

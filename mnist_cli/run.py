@@ -81,7 +81,9 @@ class RunFolder:
     def write_config(self, config: TrainConfig) -> None:
         """config.yaml (the whole resolved configuration) and overrides.txt (the command)."""
         durable.write(self.path / "config.yaml", _yaml(to_plain(config)).encode())
-        durable.write(self.path / "overrides.txt", f"{command_of(config)}\n".encode())
+        command = f"{command_of(config)}\n"
+        # A path can be any bytes.
+        durable.write(self.path / "overrides.txt", command.encode(errors="surrogateescape"))
 
     def write_result(self, result: dict[str, Any]) -> None:
         durable.write(self.result, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
@@ -89,24 +91,27 @@ class RunFolder:
     def read_result(self) -> dict[str, Any] | None:
         """What `write_result` wrote, or None where there is nothing that can be read.
 
-        The file may come from anybody, so what it holds may be of any type.
+        The file may come from anybody, so what it holds may be of any type. `run_dir` is where it
+        lies now: people move and copy folders.
         """
         try:
             found = strict_json.read(self.result, MAX_RESULT_BYTES)
         except (OSError, ValueError):
             return None
-        return found if {"status", "config_hash"} <= set(found) else None
+        if not {"status", "config_hash"} <= set(found):
+            return None
+        return found | {"run_dir": str(self.path)}
 
     def add_metrics(self, row: dict[str, float | int | None]) -> None:
         """Append the row of an epoch, durably; the first one brings the head along."""
         text = io.StringIO()
         writer = csv.DictWriter(text, row, lineterminator="\n")
-        if not self.metrics.exists():
-            writer.writeheader()
-        writer.writerow(row)
-        rest = text.getvalue().encode()
         with open(self.metrics, "ab", buffering=0) as file:
             size = file.tell()
+            if size == 0:
+                writer.writeheader()
+            writer.writerow(row)
+            rest = text.getvalue().encode()
             try:
                 while rest:
                     rest = rest[file.write(rest) :]
@@ -152,7 +157,9 @@ class RunFolder:
     def log(self, console: Console) -> Iterator[None]:
         """Let what `console` says go to train.log too."""
         with durable.writing(self.path / "train.log"):
-            file = open(self.path / "train.log", "a", encoding="utf-8")  # noqa: SIM115 - closed below
+            file = open(  # noqa: SIM115 - closed below
+                self.path / "train.log", "a", encoding="utf-8", errors="backslashreplace"
+            )
         try:
             with console.logging_to(file):
                 yield

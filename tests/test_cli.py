@@ -177,6 +177,7 @@ MALFORMED = [
     # what doesn't fit together
     ("train device=gpu", "device='gpu'", "auto, cpu, cuda, cuda:N"),
     ("train device=cuda:x", "device='cuda:x'", "auto, cpu, cuda, cuda:N"),
+    ("train device=cuda:00", "device='cuda:00'", "auto, cpu, cuda, cuda:N"),
     ("train device=cuda:999 dataset=digits", "device=cuda:999 is not there", "device=cpu"),
     ("train precision=float16 device=cpu", "precision=float16", "device=cuda"),
     ("train dataset=linear", "loss=cross_entropy compares classes, but dataset=linear", "loss=mse"),
@@ -208,7 +209,7 @@ MALFORMED = [
     ("train ''", "''", "key=value"),
     ("predict", "checkpoint= is required", "checkpoint=RUN"),
     ("predict checkpoint=x", "images= is required", "images=PATH"),
-    ("predict checkpoint=x images=", "images=", "images"),
+    ("predict checkpoint=x images=", "images= is empty", "images=a.png"),
     ("predict checkpoint=x images=[]", "images= is empty", "images=a.png"),
     ("predict checkpoint=x images=a.png,,b.png", "without a name", "images=a.png"),
     ("predict checkpoint=x images=a.png preprocess=mnist", "preprocess='mnist'", "auto, none"),

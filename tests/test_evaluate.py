@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Outcome, Program
+from data_files import write_mnist_like
 
 from mnist_cli import checkpoint, dataset, options, scoring
 
@@ -220,8 +222,34 @@ def test_out_may_begin_at_home(
     document(mnist_cli("export", f"checkpoint={run}", "out=~/export", "--json"))
     document(mnist_cli("train", *LINE, "out=~/train", "--json"))
     document(mnist_cli("train", *LINE, "out=~/train", "resume=auto", "--json"))
-    assert {path.name for path in home.iterdir()} == {"eval", "report", "export", "train"}
+    made = {path.name for path in home.iterdir()} - {".config"}  # in which matplotlib keeps its own
+    assert made == {"eval", "report", "export", "train"}
     assert not Path("~").exists()
+
+
+def test_the_data_of_the_run_may_lie_at_home(
+    mnist_cli: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder of any name; and one in a checkpoint that no folder can have is passed over."""
+    home, name = Path("home").absolute(), os.fsdecode(b"d\xfe")
+    source = write_mnist_like(home / name, "fashion_mnist", 470, 94)
+    monkeypatch.setattr(dataset, "source_of", lambda config: source)
+    monkeypatch.setenv("HOME", str(home))
+    words = ("dataset=fashion_mnist", f"dataset.root=~/{name}", "model=linear", "epochs=1")
+    assert mnist_cli("train", *words, "out=run", "--quiet").code == 0
+    again = shlex.split(Path("run/overrides.txt").read_text(errors="surrogateescape"))
+    assert mnist_cli(*again[1:], "out=again", "--quiet").code == 0
+    monkeypatch.delenv("MNIST_CLI_DATA", raising=False)
+    assert document(mnist_cli("eval", "checkpoint=run", "--json"))["metrics"]["n"] == 94
+    monkeypatch.setenv("MNIST_CLI_DATA", str(home / name))
+    found = checkpoint.load(Path("run/best.safetensors"))
+    assert isinstance(found.config.dataset, options.ImageFilesConfig)
+    for root in ("x" * 300, "~nobody/x", "a\0b"):
+        config = dataclasses.replace(
+            found.config, dataset=dataclasses.replace(found.config.dataset, root=root)
+        )
+        checkpoint.save(Path("x.safetensors"), dataclasses.replace(found, config=config))
+        assert mnist_cli("eval", "checkpoint=x.safetensors", "--quiet").code == 0
 
 
 def test_data_of_another_digest_is_said_so(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -33,6 +34,7 @@ from faults import (
 from mnist_cli import checkpoint, conf, loop, outcome, runtime, train, train_step
 from mnist_cli.console import Console
 from mnist_cli.job import Job
+from mnist_cli.run import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -357,9 +359,9 @@ def test_a_finished_run_is_left_alone(stops: Stops, tmp_path: Path) -> None:
         assert (ended.code, ended.stderr) == (0, "")
         assert ended.stdout == f"{folder} is already complete at step 60\n"
         assert stamps() == before
-    assert json.loads(here("train", f"resume={folder}", "--json").stdout) == json.loads(
-        (folder / "result.json").read_text()
-    )
+    result = json.loads((folder / "result.json").read_text())
+    document = json.loads(here("train", f"resume={folder}", "--json").stdout)
+    assert document == result | {"run_dir": str(folder)}  # it was copied
 
 
 def test_a_new_run_never_overwrites_an_old_one(stops: Stops, tmp_path: Path) -> None:
@@ -418,7 +420,7 @@ def test_epochs_may_not_grow_where_the_rate_would_change(tmp_path: Path, schedul
         ("epochs=2", "epochs=2 differs from the run's epochs=3", True),
         ("grad_clip=1", "grad_clip=1.0 differs from the run's grad_clip=null", True),
         ("early_stop.patience=2", "early_stop.patience=2 differs", True),
-        ("monitor=val_loss", "monitor=val_loss differs from the run's monitor=auto", True),
+        ("monitor=val_loss", "monitor=val_loss differs from the run's monitor=auto", False),
     ],
 )
 def test_a_key_that_would_change_the_run_is_refused_by_its_name(
@@ -464,7 +466,7 @@ def test_a_run_that_is_done_keeps_its_records(stops: Stops, tmp_path: Path) -> N
     folder = stops.after(stops.steps[-1], tmp_path / "run")
     assert here("train", f"resume={folder}", "--quiet").code == 0
     before = {path: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
-    for word, key in (("optim.lr=0.5", "optim.lr"), ("monitor=val_loss", "monitor")):
+    for word, key in (("optim.lr=0.5", "optim.lr"), ("grad_clip=1", "grad_clip")):
         ended = here("train", f"resume={folder}", word, f"resume_allow=[{key}]", "--quiet")
         assert ended.code == 2
         error, hint = two_lines(ended.stderr)
@@ -584,6 +586,7 @@ def test_optimizer_state_that_does_not_fit_is_refused(stops: Stops, tmp_path: Pa
     found = checkpoint.load(folder / "last.safetensors")
     name, step = "output.weight.exp_avg", "output.weight.step"
     weight, state = found.model["output.weight"], found.optim
+    sound = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
     damages: dict[str, dict[str, torch.Tensor]] = {
         "holds no state of the optimizer": {},
         f"lacks the tensors 'optim.{name}'": {k: v for k, v in state.items() if k != name},
@@ -592,13 +595,13 @@ def test_optimizer_state_that_does_not_fit_is_refused(stops: Stops, tmp_path: Pa
         f"has a tensor 'optim.{step}' of shape [10, 16]": state | {step: weight},
     }
     for reason, optim in damages.items():
-        for path in (folder / "last.safetensors", folder / "best.safetensors"):
+        for path in sound:
             checkpoint.save(path, dataclasses.replace(found, optim=optim))
         ended = here("train", f"resume={folder}", "--quiet")
         assert ended.code == 4
         assert two_lines(ended.stderr)[0].count(reason) == 2  # the last and the best
-    for path in (folder / "last.safetensors", folder / "best.safetensors"):
-        checkpoint.save(path, found)
+    for path, content in sound.items():
+        path.write_bytes(content)
     assert here("train", f"resume={folder}", "--quiet").code == 0
 
 
@@ -706,6 +709,89 @@ def test_too_little_memory_is_one_line(
     assert error == "out of memory" and "batch_size=" in hint
     if (folder / "last.safetensors").exists():
         state_of(folder / "last.safetensors")
+
+
+def test_a_crash_between_best_and_last_goes_on_from_best(
+    monkeypatch: pytest.MonkeyPatch, stops: Stops, tmp_path: Path
+) -> None:
+    """Which is newer; from `last` the epoch would be trained again, and might not be the best."""
+    folder, real = tmp_path / "run", loop.save
+
+    def save(job: Job, path: Path) -> None:
+        if path.name == "last.safetensors" and job.progress.step == 40:
+            raise KeyboardInterrupt
+        real(job, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save", save)
+        here(*TRAIN, f"out={folder}", "--quiet")
+    saved = {name: state_of(folder / f"{name}.safetensors")["step"] for name in ("best", "last")}
+    assert saved == {"best": 40, "last": 20}
+    lrs: dict[int, float] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_step, "set_lr", noting_lr(lrs))
+        assert here("train", f"resume={folder}", "--quiet").code == 0
+    assert sorted(lrs) == list(range(40, 60))
+    assert outcome_of(folder) == stops.outcome
+
+
+def test_weights_of_another_epoch_than_the_selected_one_are_refused(
+    stops: Stops, tmp_path: Path
+) -> None:
+    folder = stops.after(stops.steps[-1], tmp_path / "run")
+    older = stops.after(25, tmp_path / "older")
+    shutil.copy(older / "best.safetensors", folder)
+    ended = here("train", f"resume={folder}", "epochs=9", "--quiet")
+    error, hint = two_lines(ended.stderr)
+    assert ended.code == 4 and hint.startswith("put it back")
+    assert "best.safetensors doesn't hold the weights of epoch" in error
+
+
+def test_a_folder_that_was_copied_is_a_run_of_its_own(stops: Stops, tmp_path: Path) -> None:
+    copied = shutil.copytree(stops.folder, tmp_path / "copied")
+    before = {path: path.read_bytes() for path in stops.folder.iterdir()}
+    document = json.loads(here("train", f"resume={copied}", "--json").stdout)
+    assert document["run_dir"] == str(copied)
+    (copied / "result.json").write_text(json.dumps({"status": "failed", "config_hash": "?"}))
+    assert here("train", f"resume={copied}", "report=true").code == 0
+    assert (copied / "report.html").exists()
+    assert before == {path: path.read_bytes() for path in stops.folder.iterdir()}
+
+
+def test_a_run_at_home_is_found_with_the_keys_of_its_model(
+    monkeypatch: pytest.MonkeyPatch, stops: Stops, tmp_path: Path
+) -> None:
+    stops.after(20, tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert here("train", "resume=~/run", "model.hidden=[16]", "--quiet").code == 0
+
+
+def test_a_metrics_file_that_could_not_be_begun_gets_its_head_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", full)
+        folder.add_metrics({"epoch": 1, "step": 20})
+    folder.add_metrics({"epoch": 2, "step": 40})
+    assert folder.read_metrics() == [{"epoch": 2, "step": 40}]
+    folder.keep_metrics_until(2)
+    assert folder.read_metrics() == [{"epoch": 2, "step": 40}]
+
+
+def test_a_folder_may_be_called_anything(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"x\xff y")
+    words = tuple(word for word in TRAIN if word != "report=false")
+    ended = here(*words, f"out={folder}", "profile=true")
+    assert (ended.code, ended.stderr) == (0, "")
+    assert os.fsencode(f"{folder}")[-4:] not in (folder / "train.log").read_bytes()
+    assert (folder / "report.html").exists()
+    assert here("train", f"resume={folder}", "epochs=4", "--quiet").code == 0
+    assert here("eval", f"checkpoint={folder}", "--quiet").code == 0
 
 
 def test_too_little_gpu_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import random
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -990,3 +991,14 @@ def test_without_optuna_the_hint_says_what_to_install(
     outcome = mnist_cli(*SEARCH)
     assert (outcome.code, outcome.hint) == (2, "type pip install 'mnist-cli[optuna]'")
     assert os.listdir() == []
+
+
+def test_a_process_that_was_let_go_is_told_nothing_more() -> None:
+    """An epoch that it had told of may still be in the pipe, and is answered."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    worker = pool.Worker(subprocess.Popen(["cat"], **pipes), 0)
+    worker.send({"stop": False})
+    worker.let_go()
+    worker.send({"stop": False})
+    assert list(worker.messages()) == [{"stop": False}]
+    assert worker.bury() == 0

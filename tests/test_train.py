@@ -478,6 +478,13 @@ def test_a_profile_is_a_trace(mnist_cli: Program, capfd: pytest.CaptureFixture[s
     assert equal(weights(Path("run")), weights(Path("plain")))
 
 
+def test_a_profile_that_can_not_be_written_is_said_so(mnist_cli: Program) -> None:
+    Path("run/trace.json").mkdir(parents=True)
+    outcome = mnist_cli("train", *LINE, "profile=true", "out=run")
+    assert outcome.code == 0
+    assert outcome.stderr.startswith("warning: no trace was written: can't write run/trace.json")
+
+
 @pytest.mark.torture
 @pytest.mark.skipif(not TORTURE, reason="takes 15 s: set MNIST_CLI_TORTURE=1")
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import os
 
 from mnist_cli import dataset
 from mnist_cli.config import TrainConfig
@@ -33,7 +33,7 @@ def load_again(
     """
     source = run.dataset
     if isinstance(source, ImageFilesConfig | EmnistConfig):
-        if root is None and source.root is not None and Path(source.root).is_dir():
+        if root is None and os.path.isdir(os.path.expanduser(source.root or "")):
             root = source.root
         source = dataclasses.replace(source, root=root, mirror=None)
     try:

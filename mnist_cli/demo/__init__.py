@@ -86,7 +86,7 @@ def _check_takes_drawings(model: Trained) -> None:
 def facts_of(model: Trained) -> dict[str, str]:
     """Which checkpoint answers, as the page says it."""
     facts = {
-        "checkpoint": str(model.path),
+        "checkpoint": os.fsencode(model.path).decode(errors="backslashreplace"),
         "model": model.config.model.name,
         "trained on": model.spec.name,
     }

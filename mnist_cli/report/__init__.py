@@ -84,7 +84,7 @@ def draw(folder: RunFolder, console: Console) -> None:
 
     with folder.log(console):
         html = run_page.render(record.load(str(folder.path), None, console))
-        durable.write(folder.report, html.encode())
+        durable.write(folder.report, _encoded(html))
         console.detail(f"report   {folder.report}")
 
 

@@ -85,6 +85,8 @@ class Worker:
 
     def send(self, message: dict[str, Any]) -> None:
         assert self.process.stdin is not None
+        if self.process.stdin.closed:  # it was let go, and ends of itself
+            return
         with contextlib.suppress(BrokenPipeError):  # that it is dead shows at its other end
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
