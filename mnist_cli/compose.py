@@ -1,7 +1,7 @@
 """Composing: from overrides to a checked configuration, and on to the command.
 
-A plain run is composed and run here, through Hydra's compose API, and what a job of a sweep needs
-too stands here: `multirun.py` runs the lines with `-m`, `hydra_main.py` those that speak of Hydra.
+A plain run is composed and run here, through Hydra's compose API, with what the jobs of a sweep
+need as well: `multirun.py` runs the lines with `-m`, `hydra_main.py` those that speak of Hydra.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def command(
 
     Raises:
         UsageError: `out=` is a file.
-        ResourceError: nobody got the answers that a command prints.
+        ResourceError: the answers of a command could not be printed.
     """
     out = getattr(config, "out", None)
     if out is not None:
@@ -292,7 +292,7 @@ def _groups_of_run(line: Line) -> list[str]:
 
 
 def typed_keys(parsed: Sequence[Override], config: Any) -> list[str]:
-    """The keys that were typed: of an option out of a user's folder, all that it sets."""
+    """The keys that were typed. An option of `--config-dir` counts as typing all that it sets."""
     keys = [override.key_or_group for override in parsed]
     values = flatten(to_plain(config))
     for override in parsed:

@@ -210,7 +210,7 @@ def train_config(data: object) -> TrainConfig:
                 f"resume={config.resume} and out={config.out} name two folders",
                 "drop out=: a run is continued in its own folder",
             )
-        return config  # what was typed goes with what the run holds, and is checked with it
+        return config  # checked when resume.merge has laid it over what the run holds
     _check_task(config)
     _check_optim(config)
     _check_length(config)

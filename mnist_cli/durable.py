@@ -223,7 +223,7 @@ class SharedFolder:
             fcntl.flock(self._door, fcntl.LOCK_UN)
 
     def arrive(self) -> bool:
-        """Be present from now on, or still, and tell whether no other is. Behind the door only."""
+        """Take or keep the shared lock; whether no other process holds it. Behind the door only."""
         with writing(self.path):
             try:
                 fcntl.flock(self._presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,7 +234,7 @@ class SharedFolder:
         return is_alone
 
     def leave(self) -> None:
-        """Be present no more."""
+        """Give the shared lock back."""
         fcntl.flock(self._presence, fcntl.LOCK_UN)
 
 

@@ -20,7 +20,7 @@ def run(config: EvalConfig, console: Console) -> dict[str, Any]:
     """The command `eval`.
 
     Returns:
-        The JSON document of the contract: checkpoint, split, metrics.
+        The JSON document: checkpoint, split, metrics.
 
     Raises:
         CheckpointError, DataError: the checkpoint or its data can't be used, or its loss on them

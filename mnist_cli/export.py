@@ -54,7 +54,7 @@ def run(config: ExportConfig, console: Console) -> dict[str, Any]:
     """The command `export`.
 
     Returns:
-        The JSON document of the contract: path, format, bytes, parity.
+        The JSON document: path, format, bytes, parity.
 
     Raises:
         CheckpointError, DataError: the checkpoint or its test data can't be used.
@@ -117,7 +117,7 @@ def _example(spec: DatasetSpec) -> Tensor:
 def _program(found: Checkpoint, model: nn.Module) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
     deployable = Deployable(model, found.spec).eval()
-    with durable.temporary_folder():  # torch asks for the place of such folders, without a use
+    with durable.temporary_folder():  # torch needs one to be possible, though it writes nothing
         program = torch.export.export(
             deployable, (_example(found.spec),), dynamic_shapes=({0: batch},)
         )
@@ -224,7 +224,7 @@ _FORMATS: dict[str, Callable[[ExportConfig, Checkpoint, nn.Module], tuple[bytes,
 
 
 def compare(checkpoint: Answer, export: Answer, split: Split, spec: DatasetSpec) -> dict[str, Any]:
-    """How far two models agree on every sample of `split`: the `parity` of the contract."""
+    """How far two models agree on every sample of `split`: `parity` in the JSON document."""
     expected, found = checkpoint(split), export(split)
     classes, found_classes = expected.argmax(dim=1), found.argmax(dim=1)
     is_classification = spec.task == "classification"

@@ -56,7 +56,7 @@ class Run:
 
 
 def begin(run: Run) -> None:
-    """Leave what a run that is cut off is found by, and say what is about to happen."""
+    """Write what a run that is cut off goes on from, and say what is about to happen."""
     save(run.job, run.folder.last)
     run.folder.write_result(_result(run, "interrupted"))
     run.folder.write_config(run.job.config)
@@ -162,7 +162,7 @@ def _write_answers(job: Job, folder: RunFolder, outputs: torch.Tensor) -> None:
 
 
 def _result(run: Run, status: str) -> dict[str, Any]:
-    """result.json of the contract, without what is only known at the end of a completed run."""
+    """result.json, without what is only known at the end of a completed run."""
     job = run.job
     best, progress, spec = job.progress.best, job.progress, job.data.spec
     samples = progress.step / job.steps_per_epoch * len(job.data.train)

@@ -26,7 +26,7 @@ def run(config: PredictConfig, console: Console) -> list[dict[str, Any]]:
     """The command `predict`.
 
     Returns:
-        The JSON document of the contract, in the order of the sorted paths: path, label, index,
+        The JSON document, in the order of the sorted paths: path, label, index,
         probability, and probabilities in the order of the classes.
 
     Raises:

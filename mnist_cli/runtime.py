@@ -140,7 +140,7 @@ def permutation(seed: int, epoch: int, length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Host:
-    """What decides, besides configuration and data, on the last bit of a result."""
+    """What decides the last bits of a result, besides configuration and data."""
 
     torch_version: str
     python_version: str

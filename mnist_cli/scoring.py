@@ -67,7 +67,7 @@ def summary(outputs: Tensor, split: Split, spec: DatasetSpec, loss: Loss) -> dic
 
 
 def measure(outputs: Tensor, split: Split, spec: DatasetSpec, loss: Loss) -> dict[str, Any]:
-    """All metrics of the contract, of (N, K) float32 outputs."""
+    """All metrics of (N, K) float32 outputs, as result.json has them."""
     value = float(loss(outputs, split.targets))
     outputs, targets = outputs.cpu(), split.targets.cpu()
     if spec.task == "classification":

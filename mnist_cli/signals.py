@@ -14,7 +14,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def raise_them() -> None:
-    """From now on they raise Interrupted where they arrive; SIGINT not in a process without it.
+    """From now on SIGINT and SIGTERM raise Interrupted; one that is ignored stays so.
 
     Not KeyboardInterrupt: Python ends itself by the signal after one that went through an `exec`,
     as every dataclass has it, whatever became of it.
@@ -41,7 +41,7 @@ def _raise(number: int, frame: types.FrameType | None) -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Let one that arrives act at the end of the block; a second one ends the process at once.
+    """Hold a signal back until the block ends; a second one ends the process at once.
 
     For imports, and for what Hydra does: an exception can leave them half done, come out as
     another one, or not at all.

@@ -64,7 +64,7 @@ def run(
         should_stop: see `loop.fit`.
 
     Returns:
-        result.json of the contract.
+        What result.json holds.
 
     Raises:
         UsageError, DataError: before anything is written.

@@ -20,8 +20,8 @@ FREE = {
 MAX_MEMBERS = 64  # each keeps two files open
 
 # The widest hidden layer for which sweep.fused=auto makes a stack. On two cores 16 runs of one
-# layer of 64 are 2.3 times as fast so, eight of 128 1.4 times, and eight of 256 1.1 times: wide
-# products use a CPU as well alone.
+# layer of 64 are 2.3 times as fast so, eight of 128 1.4 times, and eight of 256 1.1 times: a wide
+# product keeps a CPU busy by itself.
 WIDEST = 128
 
 

@@ -191,7 +191,7 @@ def _device_of(folder: Path) -> str | None:
 
 
 def result_of(job: Job, with_pruned: bool = False) -> Document | None:
-    """result.json of a job that is done, or that was given up; None of one that is to be run."""
+    """result.json of a job that is done, or was given up; None if it has still to run."""
     assert isinstance(job.config, TrainConfig) and job.config.out is not None
     result = RunFolder(Path(job.config.out)).read_result()
     if result is None or result["config_hash"] != config_hash(job.config):

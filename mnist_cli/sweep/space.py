@@ -43,14 +43,14 @@ class Numbers(NamedTuple):
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """As of a choice, and one between: not every key takes numbers that aren't whole."""
+        """The two ends and one number between: it shows which keys take whole numbers only."""
         if isinstance(self.low, int) and isinstance(self.high, int):
             return (self.low, self.high)
         between = self.low + (self.step or (self.high - self.low) / math.pi)
         return (self.low, self.high, min(between, self.high))
 
     def points(self) -> Sequence[Any]:
-        """As of a choice. Raises UsageError: the numbers of an interval can't be counted."""
+        """All values. Raises UsageError: the numbers of an interval can't be counted."""
         if self.step is None:
             raise UsageError(
                 f"sweep.sampler=grid can't count the values of {self.key}, an interval",
@@ -60,7 +60,7 @@ class Numbers(NamedTuple):
         return [self.low + position * self.step for position in range(count)]
 
     def suggest(self, trial: optuna.Trial) -> None:
-        """As of a choice."""
+        """Let the sampler choose a number."""
         if isinstance(self.low, int) and isinstance(self.high, int):
             whole = 1 if self.is_log else int(self.step or 1)
             trial.suggest_int(self.key, self.low, self.high, step=whole, log=self.is_log)

@@ -110,7 +110,7 @@ class Study:
                 return pruners.NopPruner()
 
     def take_up(self) -> bool:
-        """Take the trials that ended with their process; for one that is alone. False: no such."""
+        """Take over the trials whose process has died, if there are any. Only while alone."""
         import optuna
 
         left = [
@@ -126,7 +126,7 @@ class Study:
         return bool(left)
 
     def give_over(self, trials: Sequence[optuna.Trial]) -> None:
-        """Leave to another process what it is at too. Who is alone in the end tells of both."""
+        """Leave trials to another process that is at them too; the last one tells of them."""
         self._taken.difference_update(trial.number for trial in trials)
 
     def counted(self) -> list[optuna.trial.FrozenTrial]:
