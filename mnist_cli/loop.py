@@ -160,7 +160,7 @@ def is_out_of_patience(job: Job) -> bool:
 
 
 def steps_at_once(job: Job, step: int) -> int:
-    """How many steps from `step` on may be taken before losses, signals and the clock are checked."""
+    """How many steps from `step` on may be taken until losses, signals and clock are checked."""
     if job.replay is None:
         return 1
     every = job.config.save_every
