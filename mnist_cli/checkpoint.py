@@ -48,7 +48,6 @@ FORMAT = 1
 MAX_FILE_BYTES = 4 * 2**30
 MAX_HEADER_BYTES = 2**20
 _LARGE_BYTES = 64 * 2**20
-_DTYPES = {"F32": torch.float32}
 _NonNegativeInt = Annotated[int, Range(least=0, most=2**53)]
 
 
@@ -181,6 +180,11 @@ def find(path: str) -> Path:
             last, found = found / "last.safetensors", found / "best.safetensors"
             if last.exists():
                 hint = f"nothing is selected yet; type {shlex.quote(f'checkpoint={last}')}"
+        if found.suffix == ".pt2":
+            raise CheckpointError(
+                f"{found} is a program for torch.export.load, and not read here",
+                "name its run folder, or export format=onnx",
+            )
         if found.exists():
             return found
     except (OSError, ValueError, RuntimeError) as error:  # the last: of an unknown ~user
@@ -333,7 +337,7 @@ def _check_digest(data: bytes, header_end: int, digest: Any) -> None:
 
 def _parse_document(document: dict[str, Any]) -> tuple[TrainConfig, _Document]:
     rest = dict(document)
-    if isinstance(rest.get("progress"), dict):  # the first checkpoints lack it
+    if isinstance(rest.get("progress"), dict):  # it came later than the format
         rest["progress"] = {"loss_scale_steps": 0} | rest["progress"]
     try:
         config = train_config(rest.pop("config", None))
@@ -431,6 +435,6 @@ def _shape(name: str, entry: Any) -> list[int]:
     )
     if not fits:
         raise _Refused(f"has a malformed entry for the tensor {shown(name)}")
-    if entry["dtype"] not in _DTYPES:
+    if entry["dtype"] != "F32":
         raise _Refused(f"has a tensor {shown(name)} of type {shown(entry['dtype'])} instead of F32")
     return list(entry["shape"])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -52,6 +53,7 @@ LIST_KEYS = ("plugin", "logger", *PATHS_KEYS)  # one may be typed without bracke
 PATH_KEYS = (
     *PATHS_KEYS, "checkpoint", "out", "resume", "sweep.resume", "dataset.root", "dataset.mirror",
 )  # fmt: skip
+IDLE_KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir")
 PARSERS: dict[str, Callable[[object], Any]] = {
     "train": train_config,
     "eval": eval_config,
@@ -73,7 +75,7 @@ def run(line: Line, console: Console, started_s: float) -> int:
     with held(), hydra_errors(line), initialized(line):
         parsed = parse(overrides)
         _refuse_sweep_keys(parsed)
-        _refuse_sweep_values(parsed)
+        _refuse_sweep_values(line, parsed)
         config = checked(line, compose(line, [*_groups_of_run(line), *overrides]))
     document = command(config, typed_keys(parsed, config), console, started_s)
     if document is not None:
@@ -193,6 +195,12 @@ def initialized(line: Line) -> Iterator[None]:
     with hydra.initialize_config_dir(
         str(conf.conf_dir()), job_name=line.command or "", **arguments
     ):
+        # Not by hydra.searchpath, of which a `glob()` knows nothing.
+        loader = GlobalHydra.instance().config_loader()
+        path = loader.get_search_path()
+        for folder in line.config_dirs:
+            path.prepend("user", _address(folder), SearchPathQuery(provider="schema"))  # the last
+        loader.repository.initialize_sources(path)  # type: ignore[attr-defined]
         yield
 
 
@@ -204,13 +212,17 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 
 def compose(line: Line, overrides: Sequence[str]) -> DictConfig:
     """What Hydra makes of `overrides`."""
-    return hydra.compose(line.command, [*overrides, *searched(line.config_dirs)])
+    return hydra.compose(line.command, list(overrides))
 
 
 def searched(folders: Sequence[str]) -> list[str]:
     """The override that makes Hydra search `folders`, if there are any."""
-    search = [quoted(f"file://{Path(folder).absolute()}") for folder in folders]
+    search = [quoted(_address(folder)) for folder in folders]
     return [f"hydra.searchpath=[{','.join(search)}]"] if search else []
+
+
+def _address(folder: str) -> str:
+    return f"file://{Path(folder).absolute()}"
 
 
 def checked(line: Line, composed: DictConfig) -> Any:
@@ -281,8 +293,10 @@ def _groups_of_run(line: Line) -> list[str]:
     So that `resume=RUN model.hidden=[32]` finds the key in the model of the run.
     """
     words = dict(word.partition("=")[::2] for word in line.overrides)
-    run = os.path.expanduser(words.get("resume", "").strip("'\""))
-    chosen = conf.read(Path(run) / "config.yaml").keys if run != "auto" else ()
+    run = words.get("resume", "").strip("'\"")
+    if run in ("", "auto", "null"):
+        return []
+    chosen = conf.read(Path(os.path.expanduser(run)) / "config.yaml").keys
     names = {key.path.removesuffix(".name"): str(key.value) for key in chosen}
     return [
         f"{group}={names[group]}"
@@ -315,19 +329,24 @@ def _refuse_sweep_keys(parsed: Sequence[Override]) -> None:
             )
 
 
-def _refuse_sweep_values(parsed: Sequence[Override]) -> None:
+def _refuse_sweep_values(line: Line, parsed: Sequence[Override]) -> None:
     for override in parsed:
         if override.is_sweep_override():
             word = override.input_line or ""
             key, _, value = word.partition("=")
-            as_list = "" if key in conf.GROUPS else f", or type a list as '{key}=[{value}]'"
+            is_list = conf.takes_list(line.command or "", key)
+            as_list = f", or type a list as '{key}=[{value}]'" if is_list else ""
             raise UsageError(
                 f"{shown(word)} gives several values to {key}", f"add -m to try each{as_list}"
             )
 
 
 def overrides_of(line: Line) -> list[str]:
-    """The overrides of `line` as Hydra reads them."""
+    """The overrides of `line` as Hydra reads them. Raises UsageError: one would change nothing."""
+    for word in line.overrides:
+        key = word.lstrip("+~").partition("=")[0]
+        if key in IDLE_KEYS:
+            raise UsageError(f"{key}= has no effect here", "name the folder by out=DIR")
     return [_with_quoted_path(word, line.is_multirun) for word in line.overrides]
 
 

@@ -147,6 +147,13 @@ def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Value]:
     return found | {key.path: key.value for key in keys}
 
 
+def takes_list(command: str, key: str) -> bool:
+    """Whether the default of `key` is a list, in the command or in any option."""
+    packaged = [option for group in GROUPS for option in options(group).values()]
+    keys = command_keys(command) + [own for option in packaged for own in option.keys]
+    return any(own.path == key and isinstance(own.value, list) for own in keys)
+
+
 def known_keys(command: str, config_dirs: Sequence[str | Path] = ()) -> list[str]:
     """All that can stand left of a `=`: keys, groups, and the keys of every option."""
     known = [key.path for key in command_keys(command)]

@@ -74,12 +74,16 @@ class Console:
         """A table; its first columns are text, the others are numbers and stand to the right."""
         table = self._table(headers, rows, num_texts)
         plain = io.StringIO()
-        _rich(plain, width=100).print(table)
+        _rich(plain, width=max(_width(headers, rows), 1)).print(table)
         if self._progress is None and not (self.quiet or self.brief) and self._stream.isatty():
             self._to_log(plain.getvalue())
             _rich(self._stream).print(table)
         else:
             self.detail(plain.getvalue().rstrip("\n"))
+
+    def has_room(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+        """Whether the table stands on the terminal with a line for each row; a pipe has no edge."""
+        return not self._stream.isatty() or _width(headers, rows) <= _rich(self._stream).width
 
     def _table(
         self,
@@ -110,9 +114,9 @@ class Console:
                 overflow="fold" if width is None else "ellipsis",
             )
         if width is not None:
-            widths = [max(map(len, cells)) for cells in zip(headers, *rows, strict=True)]
+            widths = _widths(headers, rows)
             longest = widths.index(max(widths))
-            others = sum(widths) - widths[longest] + 2 * len(widths) + 2  # with what parts them
+            others = _width(headers, rows) - widths[longest]
             table.columns[longest].max_width = max(1, width - others)
         for row in rows:
             table.add_row(*row)
@@ -121,26 +125,23 @@ class Console:
     def document(self, data: Any) -> None:
         """With `--json`: the one document on stdout. Otherwise nothing."""
         if self.as_json:
-            try:
-                sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
-                sys.stdout.flush()
-            except BrokenPipeError:
-                self._give_up(sys.stdout)
-            except OSError as error:
-                raise _unwritable(error) from error
+            self._deliver(json.dumps(data, allow_nan=False))
 
     def answer(self, text: str, data: Any) -> None:
         """What a command was asked for: `data` with `--json`, else `text`, also with `--quiet`."""
         if self.as_json:
             self.document(data)
         else:
-            try:
-                sys.stdout.write(text + "\n")
-                sys.stdout.flush()
-            except BrokenPipeError:
-                self._give_up(sys.stdout)
-            except OSError as error:
-                raise _unwritable(error) from error
+            self._deliver(text)
+
+    def _deliver(self, text: str) -> None:
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            self._give_up(sys.stdout)
+        except OSError as error:
+            raise _unwritable(error) from error
 
     def error(
         self,
@@ -309,6 +310,16 @@ def _unwritable(error: OSError) -> ResourceError:
 
 def _silence(stream: IO[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _widths(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """How wide each column is, in characters."""
+    return [max(map(len, cells)) for cells in zip(headers, *rows, strict=True)]
+
+
+def _width(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """How wide a table is, with what parts its columns."""
+    return sum(_widths(headers, rows)) + 2 * len(headers) + 2
 
 
 def _rich(stream: IO[str], width: int | None = None) -> RichConsole:

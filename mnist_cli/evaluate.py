@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mnist_cli import durable, scoring, trained
+from mnist_cli import durable, formats, scoring, trained
 from mnist_cli.config import EvalConfig
 from mnist_cli.console import Console
 from mnist_cli.dataset import Split
@@ -51,7 +51,7 @@ def run(config: EvalConfig, console: Console) -> dict[str, Any]:
     name = "accuracy" if spec.task == "classification" else "mse"
     console.say(
         f"{model.path} on the {config.split} split of {spec.name}:"
-        f" {name} {scoring.cell(name, measured[name])}"
+        f" {name} {formats.metric(name, measured[name])}"
     )
     scoring.show(measured, console)
     return document

@@ -69,7 +69,8 @@ def no_such_key(line: Line, key: str) -> UsageError:
             f"the chosen {group} has no key {shown(key)}",
             f"{key} belongs to {group}={', '.join(owners)}",
         )
-    return unknown_key(key, known)
+    beside = [other for other in known if other.startswith(f"{group}.")]
+    return unknown_key(key, beside if group in conf.GROUPS and rest and beside else known)
 
 
 def _explained(line: Line, error: Exception) -> UsageError:
@@ -91,7 +92,10 @@ def _explained(line: Line, error: Exception) -> UsageError:
     if match := re.match(r"Could not delete from config. '([^']+)'", text):
         return no_such_key(line, match[1])
     if match := re.search(r"Multiple values for (\S+)\.", text):
-        return UsageError(f"{match[1]} is chosen twice", f"type {match[1]}=OPTION without the +")
+        hint = f"type {match[1]}=OPTION without the +"
+        if match[1] == conf.EXPERIMENT:
+            hint = f"type one +{match[1]}=NAME"
+        return UsageError(f"{match[1]} is chosen twice", hint)
     if match := re.match(r"Could not append to config. An item is already at '([^']+)'", text):
         return UsageError(
             f"{shown(match[1])} is there already", f"type {match[1]}=VALUE without the +"

@@ -63,8 +63,8 @@ def run(config: ExportConfig, console: Console) -> dict[str, Any]:
         ResourceError: the file can't be written.
     """
     source = checkpoints.find(config.checkpoint)
-    target = _target(config, source)
     found = checkpoints.load(source)
+    target = _target(config, source)
     if config.quantize != "none" and found.spec.task == "regression":
         raise UsageError(
             f"quantize={config.quantize} is measured by the accuracy that it costs,"

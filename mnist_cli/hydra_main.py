@@ -138,7 +138,10 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
             sweep.record_cut_off(jobs, folder, "its process ended before the job was done")
         if stopped_by is not None:
             return sweep.finish(console, folder, here or None, num_jobs, stopped_by)
-        code = sweep.finish(console, folder, here or None, gave_up=gave_up)
+        if gave_up is not None:
+            code = sweep.give_up(console, folder, here or None, gave_up)
+        else:
+            code = sweep.finish(console, folder, here or None)
         compose.draw_sweep(jobs[0].config, folder, console)
         return code
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mnist_cli import checkpoint as checkpoints
-from mnist_cli import runtime, scoring
+from mnist_cli import formats, runtime, scoring
 from mnist_cli.checkpoint import Best, Progress
 from mnist_cli.config import save_every_s
 from mnist_cli.console import Console
@@ -215,9 +215,9 @@ class SaveClock:
 def epoch_line(row: dict[str, Any], epochs: int, is_best: bool) -> str:
     width = len(str(epochs))
     parts = [f"epoch {row['epoch']:>{width}}/{epochs}", f"lr {row['lr']:.2e}"]
-    parts.append(f"train loss {scoring.cell('loss', row['train_loss'])}")
+    parts.append(f"train loss {formats.metric('loss', row['train_loss'])}")
     if row["val_loss"] is not None:
-        parts.append(f"val loss {scoring.cell('loss', row['val_loss'])}")
+        parts.append(f"val loss {formats.metric('loss', row['val_loss'])}")
     if row.get("val_accuracy") is not None:
         parts.append(f"val accuracy {row['val_accuracy']:.2%}")
     parts += [f"{row['seconds']:.1f} s", f"{row['samples_per_s']:,.0f}/s"]

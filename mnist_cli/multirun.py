@@ -180,7 +180,15 @@ def _search(
     first = make_job(words_of(space, middle))
     for part in space:
         for end in part.ends[1:]:
-            make_job(words_of(space, middle | {part.key: end}))
+            try:
+                make_job(words_of(space, middle | {part.key: end}))
+            except UsageError as error:
+                if not (isinstance(part, Numbers) and part.step is None and "whole" in error.hint):
+                    raise
+                raise UsageError(
+                    f"{part.key} takes whole numbers, and an interval gives others too",
+                    f"type '{part.key}=range({part.low:g},{part.high + 1:g})'",
+                ) from error
     return sweep.run_search(
         space, first, make_job, settings, console, draw_typed, compose.draw_sweep
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mnist_cli import __version__, dataset, scoring
+from mnist_cli import __version__, dataset, formats, scoring
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import run as runs
 from mnist_cli.config import TrainConfig, config_hash
@@ -240,7 +240,7 @@ def show(run: Run, result: dict[str, Any], reason: str) -> None:
         else ("loss", "accuracy", "f1", "ece")
     )
     rows = [
-        (name, *(scoring.cell(name, result[split][name]) for split in splits)) for name in names
+        (name, *(formats.metric(name, result[split][name]) for split in splits)) for name in names
     ]
     console.table(("metric", *splits), rows)
     if "accuracy" in result["test"]:

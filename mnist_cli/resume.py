@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,11 @@ def folder_of(config: TrainConfig) -> Path | None:
             f"resume={folder} is not a run folder", "name one: resume=outputs/train/RUN"
         )
     if not _checkpoints_in(folder):
-        raise CheckpointError(
-            f"resume={folder} holds no checkpoint", "start the run anew, or name another folder"
-        )
+        hint = "start the run anew, or name another folder"
+        if any(folder.glob("*/config.yaml")):
+            word = shlex.quote(f"sweep.resume={folder}")
+            hint = f"to go on with a sweep, type its line again with {word}"
+        raise CheckpointError(f"resume={folder} holds no checkpoint", hint)
     return folder
 
 

@@ -140,10 +140,14 @@ class RunFolder:
         ]
         return [{key: x for key, x in row.items() if x is not None} for row in numbers]
 
-    def keep_metrics_until(self, epoch: int) -> None:
-        """Drop the rows after `epoch`, and a row cut off by a crash: they will be written again."""
+    def keep_metrics_until(self, epoch: int) -> int:
+        """Drop the rows after `epoch`, and a row cut off by a crash: they will be written again.
+
+        Returns:
+            How many rows are left.
+        """
         if not self.metrics.is_file():
-            return
+            return 0
         with durable.writing(self.metrics):
             text = self.metrics.read_text(errors="replace")
         head, *rows = text.splitlines(keepends=True) or [""]
@@ -152,6 +156,7 @@ class RunFolder:
         durable.write(self.metrics, (head + "".join(whole)).encode() if whole else b"")
         if not whole:
             self.metrics.unlink()
+        return len(whole)
 
     @contextlib.contextmanager
     def log(self, console: Console) -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_cli import metrics
+from mnist_cli import formats, metrics
 from mnist_cli.console import Console
 from mnist_cli.dataset import DatasetSpec, Normalise, Split
 from mnist_cli.loss import Loss
@@ -78,16 +78,19 @@ def measure(outputs: Tensor, split: Split, spec: DatasetSpec, loss: Loss) -> dic
 def show(measured: dict[str, Any], console: Console) -> None:
     """The metrics as tables: the whole, then a row for each class."""
     if "accuracy" not in measured:
-        rows = [(name, _number(measured[name])) for name in ("n", "loss", "mse", "mae", "r2")]
+        rows = [
+            (name, formats.metric(name, measured[name]))
+            for name in ("n", "loss", "mse", "mae", "r2")
+        ]
         console.table(("metric", "value"), rows)
         return
     low, high = measured["accuracy_ci95"]
     rows = [
-        ("n", f"{measured['n']:,}"),
-        ("accuracy", f"{measured['accuracy']:.2%}"),
-        ("95% interval", f"{low:.2%} to {high:.2%}"),
+        ("n", formats.metric("n", measured["n"])),
+        ("accuracy", formats.percent(measured["accuracy"])),
+        ("95% interval", f"{formats.percent(low)} to {formats.percent(high)}"),
         *(
-            (name, _number(measured[name]))
+            (name, formats.metric(name, measured[name]))
             for name in ("loss", "precision", "recall", "f1", "auc", "ece")
         ),
     ]
@@ -103,16 +106,3 @@ def show(measured: dict[str, Any], console: Console) -> None:
             for row in measured["per_class"]
         ],
     )
-
-
-def cell(name: str, value: float | None) -> str:
-    """A metric as people read it."""
-    return f"{value:.2%}" if name == "accuracy" and value is not None else _number(value)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.2e}"

@@ -146,7 +146,9 @@ def opened(
             for difference in runtime.Host.of(job.device).differences(before.host):
                 console.warn(difference)
             console.say(f"resuming at step {before.progress.step}")
-            folder.keep_metrics_until(before.progress.step // job.steps_per_epoch)
+            num_epochs = before.progress.step // job.steps_per_epoch
+            if (num_rows := folder.keep_metrics_until(num_epochs)) < num_epochs:
+                console.warn(f"{folder.metrics} has {num_rows} of the {num_epochs} epochs so far")
             earlier = _times_before(job, runs.times_of(result))
             yield Run(job, folder, console, started_s, earlier)
 

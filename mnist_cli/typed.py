@@ -185,7 +185,7 @@ def _dataclass(kind: Any, data: Any, path: str, wider: Mapping[str, Any] | None 
     for key in hints:
         if key not in data:
             raise UsageError(
-                f"'{dot}{key}' is missing", f"don't remove '{dot}{key}'; it has a default"
+                f"'{dot}{key}' is missing", f"don't remove '{dot}{key}', or give it a value"
             )
     values = {key: _value(hints[key], item, f"{dot}{key}") for key, item in data.items()}
     return kind(**values)

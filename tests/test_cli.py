@@ -110,6 +110,11 @@ MALFORMED = [
     ("train =3", "'=3'", ""),
     ("train ~optim", "'optim' is missing", "don't remove 'optim'"),
     ("train +model=mlp", "model is chosen twice", "without the +"),
+    ("train +experiment=cnn_sgd +experiment=mlp_adam", "chosen twice", "type one +experiment="),
+    ("train hydra.run.dir=x", "hydra.run.dir= has no effect here", "out=DIR"),
+    ("train -m hydra.sweep.dir=x seed=0,1", "hydra.sweep.dir= has no effect here", "out=DIR"),
+    ("train schedule=step schedule.step_size=2", "unknown key", "mean schedule.step_epochs"),
+    ("train seed=0,1", "gives several values to seed", "add -m to try each"),
     ("train model@x=mlp", "model@x", ""),
     ("train +model@x=mlp", "'x'", ""),
     ("train experiment=cnn_adam", "experiment", "type +experiment=cnn_adam"),
@@ -315,6 +320,16 @@ def test_cuda_that_is_not_there(mnist_cli: Program, line: str, error: str) -> No
     outcome = mnist_cli(*line.split())
     assert_refused(outcome)
     assert error in outcome.error
+
+
+@pytest.mark.usefixtures("no_run")
+def test_a_configuration_that_lies_around_is_not_read(mnist_cli: Program) -> None:
+    """As that of a run does, where one stands in its folder."""
+    Path("config.yaml").write_text("model:\n  name: linear\noptim:\n  name: sgd\n  lr: 3\n")
+    for words in ((), ("resume=null",), ("resume=auto", "out=here")):
+        config = composed(mnist_cli, "train", "dataset=digits", *words)
+        assert (config.model.name, config.optim.name) == ("cnn", "adam")
+    assert composed(mnist_cli, "eval", "checkpoint=x").checkpoint == "x"
 
 
 # --- malformed lines by the thousand -------------------------------------------------------------

@@ -199,6 +199,17 @@ def test_a_checkpoint_that_is_not_there(mnist_cli: Program) -> None:
     assert sorted(os.listdir()) == ["empty", "text.onnx", "text.safetensors"]
 
 
+def test_a_program_is_told_from_a_checkpoint(mnist_cli: Program, trained: Trained) -> None:
+    shutil.copytree(trained(*LINE), "run")
+    assert mnist_cli("export", "checkpoint=run", "format=torch_export").code == 0
+    for command in ("eval", "predict", "export"):
+        words = ("images=a.png",) if command == "predict" else ()
+        outcome = mnist_cli(command, "checkpoint=run/model.pt2", *words)
+        assert outcome.code == 4
+        assert outcome.error.startswith("run/model.pt2 is a program for torch.export.load")
+        assert outcome.hint == "name its run folder, or export format=onnx"
+
+
 def test_a_loss_that_is_no_number_is_refused(mnist_cli: Program, trained: Trained) -> None:
     """Weights and answers are finite, but not their squares."""
     path = trained(*LINE) / "best.safetensors"

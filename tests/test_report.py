@@ -415,7 +415,7 @@ def test_two_runs_side_by_side(mnist_cli: Program, trained: Trained) -> None:
         assert f"{json.loads((run / 'result.json').read_text())['test']['accuracy']:.2%}" in text
     rows = [[cell.text for cell in row] for row in parsed(path).iter("tr")]
     assert ["model", "cnn", "linear"] in rows
-    assert ["dataset.val_fraction", "0.05", "0"] in rows
+    assert ["dataset.val_fraction", "0.05", "0.0"] in rows
     assert not any(row[0] == "epochs" for row in rows)
     assert sum(1 for _ in parsed(path).iter("img")) > 0
 

@@ -298,6 +298,23 @@ def test_a_torn_metrics_file_is_mended(stops: Stops, tmp_path: Path, tail: bytes
     assert outcome_of(folder) == stops.outcome
 
 
+def test_a_metrics_file_that_is_gone_is_missed(stops: Stops, tmp_path: Path) -> None:
+    folder = stops.after(43, tmp_path / "run")
+    (folder / "metrics.csv").unlink()
+    ended = here("train", f"resume={folder}")
+    assert ended.code == 0
+    assert ended.stderr == f"warning: {folder}/metrics.csv has 0 of the 2 epochs so far\n"
+
+
+def test_a_sweep_is_no_run_to_go_on_with(tmp_path: Path) -> None:
+    ended = here("train", "-m", *TRAIN[1:], "epochs=1", "seed=0,1", f"out={tmp_path}", "--quiet")
+    assert ended.code == 0
+    error, hint = two_lines(here("train", f"resume={tmp_path}").stderr)
+    assert error.endswith("holds no checkpoint") and f"sweep.resume={tmp_path}" in hint
+    _, hint = two_lines(here("report", f"run={tmp_path},{tmp_path}").stderr)
+    assert hint == "the page of a sweep stands alone: name one sweep, or two runs"
+
+
 @pytest.mark.parametrize("content", [b"", b"epoch,st", b"\x00" * 50, b"\x00\n\x00\n"])
 def test_a_metrics_file_without_its_head_is_begun_anew(
     stops: Stops, tmp_path: Path, content: bytes

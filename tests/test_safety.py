@@ -174,6 +174,7 @@ LAYERS: dict[str, dict[str, set[str]]] = {
     },
     "ground": {
         "__init__": set(), "conf": set(), "config": {"errors", "typed", "options"}, "errors": set(),
+        "formats": set(),
         "imports": {"signals"},
         "options": {"errors", "typed"}, "plugin_code": {"errors", "options"},
         "console": {"errors"}, "runtime": {"errors"}, 
@@ -187,9 +188,10 @@ LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 HYDRA = ("compose", "explain", "hydra_main", "multirun")
 TORCH_FREE = (
     *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "options", "typed",
-    "errors", "imports", "console", "signals", "sweep/__init__", "sweep/job", "sweep/pool",
-    "sweep/board", "sweep/display", "sweep/leaderboard", "sweep/search", "sweep/space",
-    "sweep/study", "sweep/group", "logger/__init__", "logger/wandb",
+    "errors", "formats", "imports", "console", "signals",
+    "sweep/__init__", "sweep/job", "sweep/pool", "sweep/board", "sweep/display",
+    "sweep/leaderboard", "sweep/search", "sweep/space", "sweep/study", "sweep/group",
+    "logger/__init__", "logger/wandb",
 )  # fmt: skip
 
 

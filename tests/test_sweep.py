@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -28,12 +29,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console as RichConsole
 
-from mnist_cli import compose, durable, multirun
+from mnist_cli import compose, conf, durable, multirun
 from mnist_cli.compose import PARSERS
 from mnist_cli.console import Console
 from mnist_cli.line import parse_line
 from mnist_cli.run import RunFolder
-from mnist_cli.sweep import leaderboard, pool
+from mnist_cli.sweep import display, leaderboard, pool
 from mnist_cli.sweep.job import record
 
 if TYPE_CHECKING:
@@ -198,6 +199,76 @@ def test_what_is_not_completed_has_no_rank_but_its_error(tmp_path: Path) -> None
         rows = list(csv.DictReader(file))
     assert [row["failed"] for row in rows] == ["1", "1", "0", "1"]
     assert rows[0]["mean"] == "0.5" and rows[1]["mean"] == ""
+
+
+def test_a_loss_is_not_ranked_beside_another_loss(tmp_path: Path) -> None:
+    for number, loss in enumerate(("mse", "bce loss.label_smoothing=0.1", "bce")):
+        words = f"loss={loss} monitor=val_loss"
+        leave(tmp_path / "a", str(number), words, 0.1 * number, monitor="val_loss")
+        leave(tmp_path / "b", str(number), f"loss={loss}", 0.1 * number)
+    board = leaderboard.build(tmp_path / "a")
+    assert board["winner"] is None
+    assert board["ranked_by"] == "by nothing: the val_loss of different losses don't compare"
+    assert leaderboard.build(tmp_path / "b")["winner"]["config"]["loss"] == "bce"
+
+
+def test_scores_of_different_metrics_say_which_they_are(mnist_cli: Program) -> None:
+    words = (
+        "dataset=digits,linear",
+        "model=mlp",
+        "loss=mse",
+        "dataset.val_fraction=0.2",
+        "epochs=1",
+    )
+    assert mnist_cli("train", "-m", *words, "epochs=1", "out=sweep", "--quiet").code == 0
+    table = Path("sweep/leaderboard.md").read_text()
+    page = " ".join(re.sub("<[^>]*>", " ", Path("sweep/report.html").read_text()).split())
+    for run in Path("sweep").glob("*/result.json"):
+        result = json.loads(run.read_text())
+        name = "mse" if result["dataset"]["name"] == "linear" else "accuracy"
+        told = f"{result['test'][name]:.4f}" if name == "mse" else f"{result['test'][name]:.2%}"
+        for text in (table, page):
+            assert f"{name} {told}" in text
+            assert f"val_{name} " in text and "test accuracy" not in text
+
+
+@pytest.mark.parametrize("width", [70, 200])
+def test_a_leaderboard_breaks_no_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, width: int
+) -> None:
+    """Where its columns don't fit the terminal, lines end between settings."""
+    for lr in ("0.01", "0.001"):
+        for size in ("128", "256"):
+            words = f"optim.lr={lr} batch_size={size} loss=cross_entropy dataset.val_fraction={lr}"
+            leave(tmp_path, f"{lr}-{size}", f"{words} optim.weight_decay={lr} epochs={size}", 0.5)
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream in (terminal := Terminal(), pipe := io.StringIO()):
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr(sys, "stdout", stream)
+        display.show(leaderboard.build(tmp_path), Console())
+    in_one = "optim.lr  batch_size  dataset.val_fraction  optim.weight_decay  epochs"
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
+    assert in_one in pipe.getvalue()
+    assert (in_one in shown) == (width == 200)
+    if width == 70:
+        for setting in ("optim.lr=0.001", "dataset.val_fraction=0.001", "batch_size=256"):
+            assert shown.count(f"{setting} ") >= 2
+
+
+def test_a_glob_finds_the_options_of_ones_own(mnist_cli: Program) -> None:
+    text = (conf.conf_dir() / "optim/adam.yaml").read_text()
+    for rate in ("0.0001", "0.0002"):
+        path = Path(f"mine/optim/slow{rate[-1]}.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace("lr: 0.001", f"lr: {rate}"))
+    words = ("--config-dir", "mine", "optim=glob(slow*)", *TINY, "epochs=1")
+    assert mnist_cli("train", "-m", *words, "out=sweep", "--quiet").code == 0
+    commands = [leaderboard.command_in(run) for run in Path("sweep").iterdir() if run.is_dir()]
+    assert {command["optim.lr"] for command in commands} == {"0.0001", "0.0002"}
 
 
 def test_without_a_validation_split_nothing_ranks(tmp_path: Path) -> None:
@@ -943,7 +1014,7 @@ def test_a_search_with_two_at_once(server: Server, tmp_path: Path) -> None:
         (("optim.lr=interval(0.1,1)",), "can't be counted", "add sweep.search=optuna"),
         (("sweep.search=optuna",), "has nothing to choose", "interval(1e-4, 1e-1)"),
         (("sweep.search=optuna", "seed=0,1"), "doesn't choose the seed", "one seed"),
-        (("sweep.search=optuna", "epochs=interval(1,3)"), "epochs=1.63662 has the wrong", "whole"),
+        (("sweep.search=optuna", "epochs=interval(1,3)"), "takes whole numbers", "=range(1,4)"),
         (("sweep.search=optuna", "epochs=range(1,3.5,0.5)"), "epochs=1.5 has the wrong", "whole"),
         (("sweep.search=optuna", "optim.lr=interval(-1,1)"), "optim.lr=-1 is out of", "above 0"),
         (("sweep.search=optuna", "optim.lr=interval(1,0.1)"), "no range to search", "smaller end"),

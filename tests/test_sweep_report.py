@@ -416,7 +416,7 @@ def test_a_number_may_be_as_small_as_it_likes(least: float) -> None:
     lines = [Ending("", [1, 2], [least, value], True, value == least) for value in numbers]
     assert "<svg" in sweep_plots.curves(lines, "")
     axes = [sweep_axes.axis_of_numbers("lr", numbers), sweep_axes.axis_of_scores("loss", numbers)]
-    assert "<svg" in sweep_plots.parallel(axes, True, "")
+    assert "<svg" in sweep_plots.parallel(axes, "")
 
 
 # --- in a browser --------------------------------------------------------------------------------

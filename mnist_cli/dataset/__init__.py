@@ -187,8 +187,8 @@ def _classification(name: str, decoded: Decoded, classes: tuple[str, ...]) -> Da
         std=decoded.std,
         digest=decoded.digest,
     )
-    train = Split(decoded.train_images, _classes(decoded.train_labels))
-    test = Split(decoded.test_images, _classes(decoded.test_labels))
+    train = Split(decoded.train_images, decoded.train_labels.long())
+    test = Split(decoded.test_images, decoded.test_labels.long())
     return Dataset(spec, train, _none_of(train), test)
 
 
@@ -224,10 +224,6 @@ def _regression(config: LinearDatasetConfig) -> Dataset:
     )
     train, test = Split(*tensors[:2]), Split(*tensors[2:])
     return Dataset(spec, train, _none_of(train), test)
-
-
-def _classes(labels: Tensor) -> Tensor:
-    return torch.from_numpy(labels.numpy().astype(np.int64))
 
 
 def _none_of(rows: Split) -> Split:

@@ -15,7 +15,7 @@ import webbrowser
 
 import uvicorn
 
-from mnist_cli import scoring, trained
+from mnist_cli import formats, trained
 from mnist_cli.config import DemoConfig
 from mnist_cli.console import Console
 from mnist_cli.demo import server
@@ -101,7 +101,7 @@ def facts_of(model: Trained) -> dict[str, str]:
     else:
         name = best.monitor.removeprefix("val_")
         facts["selected epoch"] = f"{best.epoch:,}"
-        facts[f"validation {name}"] = scoring.cell(name, best.value)
+        facts[f"validation {name}"] = formats.metric(name, best.value)
     accuracy = _test_accuracy(model, best.step)
     return facts if accuracy is None else facts | {"test accuracy": f"{accuracy:.2%}"}
 

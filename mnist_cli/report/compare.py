@@ -9,12 +9,13 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from mnist_cli import metrics
+from mnist_cli import formats, metrics
 from mnist_cli.config import FREE_KEYS
 from mnist_cli.errors import UsageError
 from mnist_cli.report import canvas, page, pictures, plots
 from mnist_cli.report.canvas import FIRST, SECOND, Line
 from mnist_cli.report.record import ClassScores, NumberScores, Record
+from mnist_cli.run import as_typed
 
 ALPHA = 0.05
 
@@ -148,8 +149,8 @@ def _settings(a: Record, b: Record) -> list[tuple[str, str | None, str | None]]:
     return [
         (
             key,
-            page.plain(one[key]) if key in one else None,
-            page.plain(other[key]) if key in other else None,
+            as_typed(one[key]) if key in one else None,
+            as_typed(other[key]) if key in other else None,
         )
         for key in keys
         if key not in FREE_KEYS and (key not in one or key not in other or one[key] != other[key])
@@ -180,5 +181,5 @@ def _group(a: Record, b: Record, which: Tensor, by: Tensor) -> dict[str, Any]:
     for outputs in (a.outputs, b.outputs):
         said, sure = metrics.surest(outputs[shown]) if len(shown) else (shown, shown)
         columns.append([a.spec.classes[answer] for answer in said.tolist()])
-        columns.append([page.percent(share) for share in sure.tolist()])
+        columns.append([formats.percent(share) for share in sure.tolist()])
     return pictures.tiles(a.split, shown, *columns, hidden=len(rows) - len(shown))

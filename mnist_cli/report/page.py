@@ -8,9 +8,9 @@ from typing import Any
 
 import jinja2
 
-from mnist_cli import __version__, conf
+from mnist_cli import __version__, conf, formats
 from mnist_cli.config import TrainConfig, flatten, to_plain
-from mnist_cli.sweep import display
+from mnist_cli.run import as_typed
 
 _PLACES = ("out", "resume", "resume_allow")  # where a run was made, not what it is
 
@@ -30,25 +30,14 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": percent,
-        "number": number,
+        "percent": formats.percent,
+        "number": lambda value: formats.metric(None, value),
         "count": lambda value: f"{value:,}",
         "seconds": seconds,
-        "plain": plain,
-        "value": lambda value, metric: display.number(metric, value),
+        "plain": as_typed,
+        "value": lambda value, metric: formats.metric(metric, value),
     }
     return environment
-
-
-def percent(fraction: float) -> str:
-    return f"{fraction:.2%}"
-
-
-def number(value: float | None) -> str:
-    """Four digits behind the point, or an exponent where these would hide the value."""
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2e}"
 
 
 def seconds(value: float) -> str:
@@ -57,15 +46,6 @@ def seconds(value: float) -> str:
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def plain(value: Any) -> str:
-    """A value of the configuration as one types it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(plain, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:

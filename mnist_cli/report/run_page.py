@@ -10,7 +10,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from mnist_cli import metrics
+from mnist_cli import formats, metrics
 from mnist_cli.report import canvas, page, pictures, plots
 from mnist_cli.report.canvas import FIRST, MUTED, Line
 from mnist_cli.report.record import ClassScores, Record
@@ -143,7 +143,7 @@ def _mistakes(record: Record) -> dict[str, Any] | None:
         shown,
         [classes[truth] for truth in record.split.targets[shown].tolist()],
         [classes[answer] for answer in answers[shown].tolist()],
-        [page.percent(share) for share in confidences[shown].tolist()],
+        [formats.percent(share) for share in confidences[shown].tolist()],
         hidden=len(order) - len(shown),
     )
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from mnist_cli import formats
 from mnist_cli.errors import one_line
 from mnist_cli.report.canvas import is_wide
 from mnist_cli.report.sweep_record import Value
@@ -123,7 +124,7 @@ def axis_of_scores(metric: str, scores: Sequence[float]) -> Axis:
     high = max(kept) + room if above else high
 
     def told(score: float) -> str:
-        return display.number(metric, score)
+        return formats.metric(metric, score)
 
     axis = axis_of_numbers(metric, [moved(score, low, high) for score in scores], told)
     ends = [(0.0, f"≤ {told(max(below))}")] if below else []

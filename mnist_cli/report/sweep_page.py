@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
+from mnist_cli import formats
 from mnist_cli.report import canvas, page, sweep_axes, sweep_plots
 from mnist_cli.report.sweep_axes import Dot
 from mnist_cli.report.sweep_plots import Ending
@@ -25,14 +26,16 @@ MAX_TOLD = 12  # values in the text that stands for a drawing
 def render(record: SweepRecord) -> str:
     """The page as HTML."""
     metric = _metric(record)
+    metrics = {row.metric for row in record.rows if row.metric}
+    tests = {row.test_metric for row in record.rows if row.test_metric}
     drawn = [key for key in _keys(record) if _can_be_drawn(record, key)][:MAX_KEYS]
     return page.render(
         "sweep.html.j2",
         record=record,
         winner=record.winner,
         title=_title(record),
-        headers=_headers(record, metric),
-        rows=[_cells(row, record.columns, metric) for row in record.rows[:MAX_ROWS]],
+        headers=[*record.columns, "n", *display.heads(metrics, tests), "train s"],
+        rows=[_cells(row, record.columns, metrics, tests) for row in record.rows[:MAX_ROWS]],
         unfinished=[job for row in record.rows for job in row.failed],
         max_rows=MAX_ROWS,
         facts=_facts(record),
@@ -77,20 +80,15 @@ def _can_be_drawn(record: SweepRecord, key: str) -> bool:
 # --- tables --------------------------------------------------------------------------------------
 
 
-def _headers(record: SweepRecord, metric: Metric | None) -> list[str]:
-    tests = [row.test_metric for row in record.rows if row.test_metric]
-    test = f"test {tests[0]}" if tests else "test"
-    return [*record.columns, "n", metric or "validation", test, "train s"]
-
-
-def _cells(row: Row, columns: Sequence[str], metric: Metric | None) -> dict[str, Any]:
-    name = row.metric or metric or ""
+def _cells(
+    row: Row, columns: Sequence[str], metrics: Collection[str], tests: Collection[str]
+) -> dict[str, Any]:
     return {
         "rank": row.rank,
         "config": [display.cell(row.config.get(key)) for key in columns],
         "n": row.n or row.state,
-        "value": display.spread(name, row.mean, row.std, row.best_so_far),
-        "test": display.spread(row.test_metric or "", row.test_mean, row.test_std),
+        "value": display.score(metrics, row.metric, row.mean, row.std, row.best_so_far),
+        "test": display.score(tests, row.test_metric, row.test_mean, row.test_std),
         "train_s": "-" if row.train_s is None else f"{row.train_s:.1f}",
     }
 
@@ -133,7 +131,7 @@ def _effect(record: SweepRecord, key: str, metric: Metric) -> Markup:
             scores.setdefault(display.cell(dot.value), []).append(dot.score)
     listed = sweep_axes.choices([dot.value for dot in dots if dot.is_done])
     told = "; ".join(
-        f"{name}: {display.number(metric, statistics.median(scores[name]))}"
+        f"{name}: {formats.metric(metric, statistics.median(scores[name]))}"
         for name in listed[:MAX_TOLD]
     )
     more = f"; and {len(listed) - MAX_TOLD} more values" if len(listed) > MAX_TOLD else ""
@@ -157,7 +155,7 @@ def _parallel(record: SweepRecord, keys: Sequence[str], metric: Metric | None) -
     axes.append(sweep_axes.axis_of_scores(metric, means))
     best = " ".join(f"{key}={display.cell(rows[0].config.get(key))}" for key in keys)
     label = f"A line for each of {len(rows)} configurations across {len(keys)} keys and {metric}."
-    return sweep_plots.parallel(axes, True, f"{label} The winner: {best}.")
+    return sweep_plots.parallel(axes, f"{label} The winner: {best}.")
 
 
 def _curves(record: SweepRecord, metric: Metric | None) -> dict[str, Markup]:
@@ -226,7 +224,7 @@ def _history(record: SweepRecord) -> Markup | None:
     if not done:
         return None
     best = max(done) if direction == "maximize" else min(done)
-    label = f"{name} of {len(done)} completed trials; the best is {display.number(name, best)}."
+    label = f"{name} of {len(done)} completed trials; the best is {formats.metric(name, best)}."
     num_trials = len(search.history)
     return sweep_plots.history(name, dots, num_trials, direction == "maximize", label)
 

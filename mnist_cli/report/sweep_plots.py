@@ -14,6 +14,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from mnist_cli import formats
 from mnist_cli.report.canvas import (
     FIRST,
     GRID,
@@ -83,7 +84,7 @@ def effect_of_choices(metric: str, dots: Sequence[Dot], label: str) -> Markup:
         done = [dot.score for dot in strip if dot.is_done]
         if done:
             axes.annotate(
-                display.number(metric, statistics.median(done)), (1, row),
+                formats.metric(metric, statistics.median(done)), (1, row),
                 xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
                 ha="left", va="center", fontsize=9, color=MUTED,
             )  # fmt: skip
@@ -154,7 +155,7 @@ def _is_share(metric: str) -> bool:
 # --- parallel coordinates ------------------------------------------------------------------------
 
 
-def parallel(axes: Sequence[Axis], has_winner: bool, label: str) -> Markup:
+def parallel(axes: Sequence[Axis], label: str) -> Markup:
     """A line for each configuration, from axis to axis; the first one is the winner's.
 
     The better a configuration is, the stronger is its line: they come best first.
@@ -169,7 +170,7 @@ def parallel(axes: Sequence[Axis], has_winner: bool, label: str) -> Markup:
         for (x0, y0), (x1, y1) in itertools.pairwise(corners):
             points += [(x0 + 0.42, y0), (x1 - 0.42, y1), (x1, y1)]
             codes += [Path.CURVE4] * 3
-        is_winner = has_winner and row == 0
+        is_winner = row == 0
         strength = 1 - row / max(1, count - 1)
         plane.add_patch(
             PathPatch(

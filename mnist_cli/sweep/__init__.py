@@ -30,7 +30,7 @@ from typing import Any
 from mnist_cli import durable
 from mnist_cli.config import EvalConfig, SweepConfig, TrainConfig
 from mnist_cli.console import Console
-from mnist_cli.errors import MnistCliError, SweepError
+from mnist_cli.errors import Interrupted, MnistCliError, SweepError
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
 from mnist_cli.sweep import display, group, leaderboard, pool, study
@@ -160,7 +160,9 @@ def run_search(
                 draw(first, document, console)
         with shared.door():  # the last of several that end writes what all have left
             documents, summary = plan.documents, plan.study.summary()
-            code = finish(console, folder, documents, plan.study.num_own, stopped_by, summary)
+            code = finish(
+                console, folder, documents, plan.study.num_own, stopped_by, of_search=summary
+            )
             if stopped_by is None:
                 draw_sweep(first.config, folder, console)
             return code
@@ -264,8 +266,8 @@ def finish(
     documents: Sequence[Document] | None,
     num_jobs: int | None = None,
     stopped_by: int | None = None,
+    *,
     of_search: dict[str, Any] | None = None,
-    gave_up: str | None = None,
     waiting: Sequence[Job] = (),
 ) -> int:
     """Write and show the leaderboard of all that lies in `folder`, and return the exit code.
@@ -275,9 +277,39 @@ def finish(
         num_jobs: how many were asked for, None for as many as there are documents.
         stopped_by: the number of the signal that ended the sweep early.
         of_search: what a search adds to leaderboard.json.
-        gave_up: why a launcher of Hydra didn't see all jobs to their end.
         waiting: jobs that were not started: there is no result of theirs in `folder`.
     """
+    failed, document = _leaderboard(console, folder, documents, of_search, waiting)
+    num_jobs = len(document["jobs"]) if num_jobs is None else num_jobs
+    if stopped_by is not None:
+        left = num_jobs - len(document["jobs"]) + len(failed)
+        message = f"interrupted with {left} of {num_jobs} jobs left; what is done is in {folder}"
+        error = Interrupted(stopped_by, message, f"{_again(folder)} to go on")
+        return _fail(console, error, document)
+    if failed:
+        message = f"{len(failed)} of {num_jobs} jobs failed in {folder}"
+        return _fail(console, SweepError(message, _again(folder)), document)
+    console.document(document)
+    return 0
+
+
+def give_up(
+    console: Console, folder: Path, documents: Sequence[Document] | None, reason: str
+) -> int:
+    """As `finish`, where a launcher of Hydra didn't see all jobs to their end."""
+    _, document = _leaderboard(console, folder, documents)
+    hint = f"see that none of its jobs is left, then {_again(folder)}"
+    return _fail(console, SweepError(reason, hint), document)
+
+
+def _leaderboard(
+    console: Console,
+    folder: Path,
+    documents: Sequence[Document] | None,
+    of_search: dict[str, Any] | None = None,
+    waiting: Sequence[Job] = (),
+) -> tuple[list[Document], dict[str, Any]]:
+    """Write and show it; the documents of the jobs that failed, and that of the sweep."""
     if documents is None:
         documents = leaderboard.results_in(folder)
     failed = [document for document in documents if has_failed(document)]
@@ -291,27 +323,21 @@ def finish(
     if of_search is not None:
         study.show(board, console.say)
     console.say(f"sweep    {folder}")
-    document = {
+    return failed, {
         "sweep_dir": str(folder),
         "jobs": [_with_result(document) for document in documents],
         "leaderboard": board["rows"],
         "winner": board["winner"],
     }
-    num_jobs = len(documents) if num_jobs is None else num_jobs
-    again = f"type the command again with {shlex.quote(f'sweep.resume={folder}')}"
-    if stopped_by is not None:
-        left = num_jobs - len(documents) + len(failed)
-        message = f"interrupted with {left} of {num_jobs} jobs left; what is done is in {folder}"
-        console.error(message, f"{again} to go on", 128 + stopped_by, document)
-        return 128 + stopped_by
-    if gave_up is not None:
-        error = SweepError(gave_up, f"see that none of its jobs is left, then {again}")
-        console.error(error.message, error.hint, error.exit_code, document)
-        return error.exit_code
-    if not failed:
-        console.document(document)
-        return 0
-    return _show_failures(console, len(failed), num_jobs, f" in {folder}", again, document)
+
+
+def _again(folder: Path) -> str:
+    return f"type the command again with {shlex.quote(f'sweep.resume={folder}')}"
+
+
+def _fail(console: Console, error: Interrupted | SweepError, document: dict[str, Any]) -> int:
+    console.error(error.message, error.hint, error.exit_code, document)
+    return error.exit_code
 
 
 def _with_result(document: Document) -> Document:
@@ -344,8 +370,8 @@ def finish_each(console: Console, documents: Sequence[Document]) -> int:
     if not failed:
         console.document(document)
         return 0
-    again = "run the first of them alone to see more"
-    return _show_failures(console, len(failed), len(documents), "", again, document)
+    message = f"{len(failed)} of {len(documents)} jobs failed"
+    return _fail(console, SweepError(message, "run the first of them alone to see more"), document)
 
 
 def outcome_of(job: Job, call: Callable[[], Any], console: Console) -> Document:
@@ -362,11 +388,3 @@ def outcome_of(job: Job, call: Callable[[], Any], console: Console) -> Document:
         if not isinstance(error, MnistCliError):
             traceback.print_exc()
         return document
-
-
-def _show_failures(
-    console: Console, num_failed: int, num_jobs: int, where: str, hint: str, document: Document
-) -> int:
-    error = SweepError(f"{num_failed} of {num_jobs} jobs failed{where}", hint)
-    console.error(error.message, error.hint, error.exit_code, document)
-    return error.exit_code

@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mnist_cli import formats
 from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console, LiveTable
-from mnist_cli.sweep import display, leaderboard
+from mnist_cli.sweep import leaderboard
 from mnist_cli.sweep.job import Document, Job
 
 HEADERS = ("job", "what differs", "state", "best", "time")
@@ -30,7 +31,7 @@ class Line:
         seconds = self.seconds
         if self.state.startswith("epoch") or self.state == "starting":
             seconds = time.monotonic() - self.started_s
-        best = "" if self.best is None else display.number(self.metric, self.best)
+        best = "" if self.best is None else formats.metric(self.metric, self.best)
         spent = "" if seconds is None else f"{seconds:.1f} s"
         return (str(self.number), self.label, self.state, best, spent)
 
@@ -113,7 +114,7 @@ class Board:
         if line.state == "failed" or document.get("error"):
             words.append(document["error"])
         elif line.best is not None:
-            words.append(f"{line.metric} {display.number(line.metric, line.best)}")
+            words.append(f"{line.metric} {formats.metric(line.metric, line.best)}")
         if line.seconds is not None:
             words.append(f"{line.seconds:.1f} s")
         return "  ".join(words)

@@ -1,6 +1,6 @@
 """A leaderboard, as `leaderboard.build` gives it, on the screen, as CSV and as Markdown.
 
-The cells of other tables and of pages are written here as well.
+The cells of other tables are written here as well.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from mnist_cli import formats
 from mnist_cli.console import Console
 
 MAX_SHOWN = 10  # failed jobs below the table
@@ -21,8 +22,14 @@ def show(board: dict[str, Any], console: Console) -> None:
     told = short_cell if "objectives" in board else cell
     started = [row for row in board["rows"] if row["state"] != "waiting"]
     headers, rows = _cells(board | {"rows": started}, told)
+    num_texts = 1 + len(board["columns"])
+    if not console.has_room(headers, rows):  # then a line breaks between settings, not in them
+        headers[1:num_texts] = ["configuration"]
+        for cells, row in zip(rows, started, strict=True):
+            cells[1:num_texts] = [_what(row, told)]
+        num_texts = 2
     if rows:
-        console.table(headers, rows, num_texts=1 + len(board["columns"]))
+        console.table(headers, rows, num_texts)
     failed = [job for row in board["rows"] for job in row["failed"]]
     for job in failed[:MAX_SHOWN]:
         console.say(f"{job['state']:<8} {job['job']}: {job['error'] or 'cut off'}")
@@ -78,17 +85,16 @@ def as_markdown(board: dict[str, Any]) -> str:
 
 
 def _cells(board: dict[str, Any], told: Callable[[Any], str]) -> tuple[list[str], list[list[str]]]:
-    metric = next((row["metric"] for row in board["rows"] if row["metric"]), "value")
-    tests = (row["test_metric"] for row in board["rows"] if row["test_metric"])
-    test = next((f"test {name}" for name in tests), "test")
-    headers = ["", *board["columns"], "n", metric, test, "train s"]
+    metrics = {row["metric"] for row in board["rows"] if row["metric"]}
+    tests = {row["test_metric"] for row in board["rows"] if row["test_metric"]}
+    headers = ["", *board["columns"], "n", *heads(metrics, tests), "train s"]
     rows = [
         [
             str(row["rank"] or "-"),
             *(told(value) for value in row["config"].values()),
             str(row["n"]) if row["n"] else row["state"],
-            spread(row["metric"] or metric, row["mean"], row["std"], row["best_so_far"]),
-            spread(test, row["test_mean"], row["test_std"]),
+            score(metrics, row["metric"], row["mean"], row["std"], row["best_so_far"]),
+            score(tests, row["test_metric"], row["test_mean"], row["test_std"]),
             "-" if row["train_s"] is None else f"{row['train_s']:.1f}",
         ]
         for row in board["rows"]
@@ -97,13 +103,19 @@ def _cells(board: dict[str, Any], told: Callable[[Any], str]) -> tuple[list[str]
 
 
 def _sentence(row: dict[str, Any], told: Callable[[Any], str]) -> str:
-    what = " ".join(f"{key}={told(value)}" for key, value in row["config"].items())
+    what = _what(row, told)
     value = spread(row["metric"], row["mean"], row["std"])
     text = f"{what or 'as it stands'}: {row['metric']} {value}"
     if row["test_mean"] is not None:
         test = spread(row["test_metric"], row["test_mean"], row["test_std"])
         text += f", test {row['test_metric']} {test}"
     return text + (f" ({row['n']} seeds)" if row["n"] > 1 else "")
+
+
+def _what(row: dict[str, Any], told: Callable[[Any], str]) -> str:
+    """What tells the row apart; keys of options that it hasn't chosen are left out."""
+    own = {k: v for k, v in row["config"].items() if v is not None or "." not in k}
+    return " ".join(f"{key}={told(value)}" for key, value in own.items())
 
 
 def cell(value: Any) -> str:
@@ -116,20 +128,32 @@ def short_cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else cell(value)
 
 
-def spread(metric: str, mean: float | None, std: float | None, so_far: float | None = None) -> str:
+def heads(metrics: Collection[str], tests: Collection[str]) -> tuple[str, str]:
+    """The heads of the columns of validation and test scores, which are of these metrics."""
+    (value,) = metrics if len(metrics) == 1 else ("value",)
+    return value, " ".join(["test", *(tests if len(tests) == 1 else ())])
+
+
+def score(
+    metrics: Collection[str],
+    metric: str | None,
+    mean: float | None,
+    std: float | None,
+    so_far: float | None = None,
+) -> str:
+    """As `spread`, in a column of `metrics`: where they are several, with the name of its own."""
+    text = spread(metric, mean, std, so_far)
+    return text if metric is None or text == "-" or len(metrics) == 1 else f"{metric} {text}"
+
+
+def spread(
+    metric: str | None, mean: float | None, std: float | None, so_far: float | None = None
+) -> str:
     """Mean and deviation as people read them; the best so far where there is no mean."""
     if mean is None:
-        return "-" if so_far is None else f"({number(metric, so_far)})"
-    return number(metric, mean) + ("" if std is None else f" ± {number(metric, std)}")
-
-
-def number(metric: str | None, value: float) -> str:
-    """A value of `metric` as people read it; with an exponent where four digits would hide it."""
-    if metric == "num_params":
-        return f"{value:,.0f}"
-    if metric is not None and "accuracy" in metric:
-        return f"{value:.2%}"
-    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e6 else f"{value:.2e}"
+        return "-" if so_far is None else f"({formats.metric(metric, so_far)})"
+    deviation = "" if std is None else f" ± {formats.metric(metric, std)}"
+    return formats.metric(metric, mean) + deviation
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

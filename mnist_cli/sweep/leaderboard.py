@@ -100,9 +100,11 @@ def build(
     for entry in entries:
         key = tuple((k, v) for k, v in entry.config.items() if k not in LOCATION_KEYS)
         rows.setdefault(key or (("job", entry.name),), []).append(entry)
-    listed = [_row(row, columns, folder, failures or {}) for row in rows.values()]
+    listed = [_row(row, columns, failures or {}) for row in rows.values()]
     metrics = {row["metric"] for row in listed if row["mean"] is not None}
     metric = metrics.pop() if len(metrics) == 1 else None
+    if metric == "val_loss" and len({_loss_of(entry) for entry in entries}) > 1:
+        metric, metrics = None, {"the val_loss of different losses"}
     ranked = [row for row in listed if row["mean"] is not None and metric is not None]
     sign = -1 if metric is not None and is_higher_better(metric) else 1
     ranked.sort(key=lambda row: sign * row["mean"])
@@ -204,8 +206,15 @@ def _columns(configs: Iterable[dict[str, str]]) -> list[str]:
     return [key for key in seen if key in differing - LOCATION_KEYS]
 
 
+def _loss_of(entry: Entry) -> frozenset[tuple[str, str]]:
+    """The settings of its loss: with others val_loss is another measure."""
+    return frozenset(
+        (key, value) for key, value in entry.config.items() if key.partition(".")[0] == "loss"
+    )
+
+
 def _row(
-    entries: Sequence[Entry], columns: Sequence[str], folder: Path, failures: dict[str, str]
+    entries: Sequence[Entry], columns: Sequence[str], failures: dict[str, str]
 ) -> dict[str, Any]:
     done = {e.seed: e for e in entries if e.state == "completed" and e.name not in failures}
     first = next(iter(done.values()), entries[0])

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_cli import durable
+from mnist_cli import durable, formats
 from mnist_cli.config import OBJECTIVES, SweepConfig
 from mnist_cli.errors import UsageError
 from mnist_cli.sweep import display
@@ -287,7 +287,7 @@ def show(board: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"mattered {', '.join(shares)}")
     for trial in board["pareto"]:
         values = [
-            f"{name} {display.number(name, value)}" for name, value in trial["values"].items()
+            f"{name} {formats.metric(name, value)}" for name, value in trial["values"].items()
         ]
         chosen = trial["config"].items()
         what = " ".join(f"{key}={display.short_cell(value)}" for key, value in chosen)

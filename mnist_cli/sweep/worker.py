@@ -21,7 +21,6 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 from mnist_cli import plugin
@@ -64,32 +63,32 @@ def _work(lines: queue.SimpleQueue[bytes], out: Any, signals: SignalWatch) -> in
         import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    while not signals.received and (line := lines.get()):
-        order = json.loads(line)
-        jobs, asks = [], order["asks"]
-        for each in order["jobs"]:
-            plugin.use(each["config"]["plugin"])  # they were typed for the sweep
-            jobs.append(Job(tuple(each["words"]), train_config(each["config"])))
-
-        def should_stop(
-            job: Job,
-            epoch: int,
-            value: float | None,
-            jobs: Sequence[Job] = jobs,
-            asks: bool = asks,
-        ) -> bool:
-            _write(out, {"job": jobs.index(job), "epoch": epoch, "value": value})
-            answer = lines.get() if asks else b""
-            return bool(answer and json.loads(answer)["stop"])
-
-        def ended(job: Job, document: Document, jobs: Sequence[Job] = jobs) -> None:
-            _write(out, {"job": jobs.index(job), "ended": document})
-
-        try:
-            run_jobs(jobs, signals, should_stop, ended)
-        except Interrupted as error:
-            return error.exit_code
+    try:
+        while not signals.received and (line := lines.get()):
+            _train(json.loads(line), lines, out, signals)
+    except Interrupted as error:
+        return error.exit_code
     return 0
+
+
+def _train(
+    order: dict[str, Any], lines: queue.SimpleQueue[bytes], out: Any, signals: SignalWatch
+) -> None:
+    """Train the jobs of an order, as a stack if they are several. Raises Interrupted."""
+    jobs = []
+    for each in order["jobs"]:
+        plugin.use(each["config"]["plugin"])  # they were typed for the sweep
+        jobs.append(Job(tuple(each["words"]), train_config(each["config"])))
+
+    def should_stop(job: Job, epoch: int, value: float | None) -> bool:
+        _write(out, {"job": jobs.index(job), "epoch": epoch, "value": value})
+        answer = lines.get() if order["asks"] else b""
+        return bool(answer and json.loads(answer)["stop"])
+
+    def ended(job: Job, document: Document) -> None:
+        _write(out, {"job": jobs.index(job), "ended": document})
+
+    run_jobs(jobs, signals, should_stop, ended)
 
 
 def _write(out: Any, message: dict[str, Any]) -> None:
