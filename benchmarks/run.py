@@ -38,7 +38,7 @@ import sweeps
 import torch
 from measure import HERE, Run, ratios, spread_of, timed, told, unpack
 
-from mnist_cli import runtime
+from mnist_cli import cpu
 
 ROWS = HERE.parent / "outputs" / "bench"
 INSTALLED = ("textbook", "strong", "scikit-learn")  # with .venv; the others have their own
@@ -147,7 +147,7 @@ class Bench:
         if peer == TEMPLATE:
             return bool(self.options.template and self.options.peers_python)
         if peer == FLOAT32:
-            return runtime.has_amx()
+            return cpu.has_amx()
         return peer in INSTALLED or bool(self.options.peers_python)
 
     def training(self, work: Work, peer: str) -> dict[str, Any]:

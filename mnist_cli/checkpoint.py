@@ -180,7 +180,7 @@ def find(path: str) -> Path:
             last, found = found / "last.safetensors", found / "best.safetensors"
             if last.exists():
                 hint = f"nothing is selected yet; type {shlex.quote(f'checkpoint={last}')}"
-        if found.suffix == ".pt2":
+        if found.suffix == ".pt2" and found.exists():
             raise CheckpointError(
                 f"{found} is a program for torch.export.load, and not read here",
                 "name its run folder, or export format=onnx",

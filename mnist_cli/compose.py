@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_cli import conf, logger, plugin
+from mnist_cli import conf, cpu, logger, plugin
 from mnist_cli.config import (
     DemoConfig,
     EvalConfig,
@@ -53,7 +53,10 @@ LIST_KEYS = ("plugin", "logger", *PATHS_KEYS)  # one may be typed without bracke
 PATH_KEYS = (
     *PATHS_KEYS, "checkpoint", "out", "resume", "sweep.resume", "dataset.root", "dataset.mirror",
 )  # fmt: skip
-IDLE_KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir")
+FOLDER_KEYS = (  # of Hydra, which has no part in ours
+    *("hydra.run", "hydra.run.dir", "hydra.sweep", "hydra.sweep.dir", "hydra.sweep.subdir"),
+    "hydra.output_subdir",
+)
 PARSERS: dict[str, Callable[[object], Any]] = {
     "train": train_config,
     "eval": eval_config,
@@ -256,6 +259,7 @@ def checked(line: Line, composed: DictConfig) -> Any:
         logger.require(config.logger)
         _check_allowed(line, config)
         _check_patience(config)
+        _check_precision(config)
     return config
 
 
@@ -284,6 +288,19 @@ def _check_patience(config: TrainConfig) -> None:
         raise UsageError(
             f"early_stop.patience={patience} can't end a run of epochs={config.epochs}",
             "type early_stop.patience=null, or more epochs",
+        )
+
+
+def _check_precision(config: TrainConfig) -> None:
+    """Raises UsageError: this CPU has no bfloat16. With device=auto only torch knows the device.
+
+    Not part of `train_config`: a checkpoint may come from another machine.
+    """
+    is_new = config.resume in (None, "auto")
+    if is_new and (config.precision, config.device) == ("bfloat16", "cpu") and not cpu.has_amx():
+        raise UsageError(
+            "precision=bfloat16 needs CUDA or a CPU with AMX, and device=cpu has none",
+            "type precision=float32",
         )
 
 
@@ -334,7 +351,7 @@ def _refuse_sweep_values(line: Line, parsed: Sequence[Override]) -> None:
         if override.is_sweep_override():
             word = override.input_line or ""
             key, _, value = word.partition("=")
-            is_list = conf.takes_list(line.command or "", key)
+            is_list = conf.takes_list(line.command or "", key, line.config_dirs)
             as_list = f", or type a list as '{key}=[{value}]'" if is_list else ""
             raise UsageError(
                 f"{shown(word)} gives several values to {key}", f"add -m to try each{as_list}"
@@ -342,11 +359,11 @@ def _refuse_sweep_values(line: Line, parsed: Sequence[Override]) -> None:
 
 
 def overrides_of(line: Line) -> list[str]:
-    """The overrides of `line` as Hydra reads them. Raises UsageError: one would change nothing."""
+    """The overrides of `line` as Hydra reads them. Raises UsageError: one is without effect."""
     for word in line.overrides:
         key = word.lstrip("+~").partition("=")[0]
-        if key in IDLE_KEYS:
-            raise UsageError(f"{key}= has no effect here", "name the folder by out=DIR")
+        if key in FOLDER_KEYS:
+            raise UsageError(f"{key}= doesn't name the folder of a run", "type out=DIR")
     return [_with_quoted_path(word, line.is_multirun) for word in line.overrides]
 
 

@@ -147,10 +147,10 @@ def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Value]:
     return found | {key.path: key.value for key in keys}
 
 
-def takes_list(command: str, key: str) -> bool:
+def takes_list(command: str, key: str, config_dirs: Sequence[str | Path] = ()) -> bool:
     """Whether the default of `key` is a list, in the command or in any option."""
-    packaged = [option for group in GROUPS for option in options(group).values()]
-    keys = command_keys(command) + [own for option in packaged for own in option.keys]
+    found = [option for group in GROUPS for option in options(group, config_dirs).values()]
+    keys = command_keys(command) + [own for option in found for own in option.keys]
     return any(own.path == key and isinstance(own.value, list) for own in keys)
 
 

@@ -86,6 +86,11 @@ def _show(line: Line, overrides: Sequence[str], console: Console) -> int:
 
 def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
     """A sweep by one of Hydra's sweepers and launchers, wherever they run its jobs."""
+    if line.plugins and any("glob(" in word for word in overrides):
+        raise UsageError(
+            f"glob() doesn't see the options of a plugin where {LAUNCHER}= runs the jobs",
+            "type their names",
+        )
     jobs, settings, launcher = _check_jobs(line, overrides)
     folder = sweep.folder_of(jobs, settings)
     if folder is None and launcher != BASIC:

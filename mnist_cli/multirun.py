@@ -7,6 +7,7 @@ and each choice.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -185,9 +186,11 @@ def _search(
             except UsageError as error:
                 if not (isinstance(part, Numbers) and part.step is None and "whole" in error.hint):
                     raise
+                whole = f"range({math.ceil(part.low)},{math.floor(part.high) + 1})"
+                whole = f"tag(log,{whole})" if part.is_log else whole
                 raise UsageError(
                     f"{part.key} takes whole numbers, and an interval gives others too",
-                    f"type '{part.key}=range({part.low:g},{part.high + 1:g})'",
+                    f"type '{part.key}={whole}'",
                 ) from error
     return sweep.run_search(
         space, first, make_job, settings, console, draw_typed, compose.draw_sweep

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from mnist_cli import durable, runtime
 from mnist_cli.console import Console
-from mnist_cli.errors import MnistCliError, one_line
+from mnist_cli.errors import MnistCliError, ResourceError, one_line
 
 PROFILED_STEPS = 20
+MAX_TRACE_BYTES = 64 * 2**20
 
 
 class Profiler:
@@ -43,11 +44,14 @@ class Profiler:
         assert self._path is not None
         try:
             # torch takes no path that isn't UTF-8, and tells of a failure on stderr alone.
-            with durable.temporary_folder() as folder:
+            with durable.temporary_folder(MAX_TRACE_BYTES) as folder:
                 trace = folder / self._path.name
                 with runtime.silent_stderr():
                     self._profile.stop()
                     self._profile.export_chrome_trace(str(trace))
-                durable.write(self._path, trace.read_bytes())
+                content = trace.read_bytes() if trace.exists() else b""
+            if not content:
+                raise ResourceError("torch wrote none", "try again")
+            durable.write(self._path, content)
         except (OSError, MnistCliError) as error:
             self._console.warn(f"no trace was written: {one_line(str(error))}")

@@ -51,7 +51,7 @@ def folder_of(config: TrainConfig) -> Path | None:
         )
     if not _checkpoints_in(folder):
         hint = "start the run anew, or name another folder"
-        if any(folder.glob("*/config.yaml")):
+        if (folder / "leaderboard.json").exists():
             word = shlex.quote(f"sweep.resume={folder}")
             hint = f"to go on with a sweep, type its line again with {word}"
         raise CheckpointError(f"resume={folder} holds no checkpoint", hint)
@@ -98,14 +98,20 @@ def load(
         raise CheckpointError(
             "; ".join(reasons), "no checkpoint of the run can be used: mend that, or start it anew"
         )
-    path, found = max(sound.items(), key=lambda item: item[1].progress.step)
+    selected = sound.get(folder.best)
+    path, found = next(iter(sound.items()))
+    is_newer = selected is not None and selected.progress.step > found.progress.step
+    if selected is not None and is_newer and selected.config == found.config:  # not another run's
+        path, found = folder.best, selected
     if found.progress.best is not None and found.progress.best.monitor is not None:
-        selected = sound.get(folder.best)
-        if selected is None or selected.progress.step != found.progress.best.step:
+        hint = "put it back, or start the run anew"
+        if selected is None:
+            raise CheckpointError(f"{folder.best}, the selected weights, can't be used", hint)
+        if selected.progress.step != found.progress.best.step:
             raise CheckpointError(
                 f"{folder.best} doesn't hold the weights of epoch {found.progress.best.epoch},"
                 " which were selected",
-                "put it back, or start the run anew",
+                hint,
             )
     if reasons:
         console.warn(f"going on from {path}, at step {found.progress.step}")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnist_cli import cpu
 from mnist_cli.errors import UsageError, one_line
 
 
@@ -36,11 +37,11 @@ def resolve_device(name: str, precision: str = "float32") -> torch.device:
         found = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA"
         raise UsageError(f"device={name} is not there: this machine has {found}", "type device=cpu")
     device = torch.device(name)
-    is_quick = precision == "float32" or (precision == "bfloat16" and has_amx())
+    is_quick = precision == "float32" or (precision == "bfloat16" and cpu.has_amx())
     if device.type == "cpu" and not is_quick:
         needed = "CUDA or a CPU with AMX" if precision == "bfloat16" else "CUDA"
         raise UsageError(
-            f"precision={precision} needs {needed}, but the device is {device}",
+            f"precision={precision} needs {needed}, and the device is {device}",
             "type precision=float32",
         )
     if device.type == "cuda":
@@ -48,14 +49,6 @@ def resolve_device(name: str, precision: str = "float32") -> torch.device:
         torch.backends.cudnn.deterministic = True
         _allow_tf32(False)
     return device
-
-
-def has_amx() -> bool:
-    """Whether the CPU multiplies matrices of bfloat16 in hardware; without, they only cost time.
-
-    Source: Intel, "Architecture Instruction Set Extensions", 2020, chapter 3.
-    """
-    return torch.cpu._is_amx_tile_supported()
 
 
 @contextlib.contextmanager

@@ -208,6 +208,7 @@ def test_a_program_is_told_from_a_checkpoint(mnist_cli: Program, trained: Traine
         assert outcome.code == 4
         assert outcome.error.startswith("run/model.pt2 is a program for torch.export.load")
         assert outcome.hint == "name its run folder, or export format=onnx"
+    assert mnist_cli("eval", "checkpoint=gone.pt2").error == "no checkpoint at gone.pt2"
 
 
 def test_a_loss_that_is_no_number_is_refused(mnist_cli: Program, trained: Trained) -> None:
@@ -255,7 +256,7 @@ def test_the_data_of_the_run_may_lie_at_home(
     monkeypatch.setenv("MNIST_CLI_DATA", str(home / name))
     found = checkpoint.load(Path("run/best.safetensors"))
     assert isinstance(found.config.dataset, options.ImageFilesConfig)
-    for root in ("x" * 300, "~nobody/x", "a\0b"):
+    for root in ("x" * 300, "~nobody/x", "a\0b", "~a\0b/x"):
         config = dataclasses.replace(
             found.config, dataset=dataclasses.replace(found.config.dataset, root=root)
         )

@@ -31,7 +31,7 @@ from faults import (
     two_lines,
 )
 
-from mnist_cli import checkpoint, conf, loop, outcome, runtime, train, train_step
+from mnist_cli import checkpoint, conf, cpu, loop, outcome, runtime, train, train_step
 from mnist_cli.console import Console
 from mnist_cli.job import Job
 from mnist_cli.run import RunFolder
@@ -756,12 +756,19 @@ def test_weights_of_another_epoch_than_the_selected_one_are_refused(
     stops: Stops, tmp_path: Path
 ) -> None:
     folder = stops.after(stops.steps[-1], tmp_path / "run")
-    older = stops.after(25, tmp_path / "older")
-    shutil.copy(older / "best.safetensors", folder)
+    older = stops.after(25, tmp_path / "older") / "best.safetensors"
+    of_another_run = tmp_path / "newer/best.safetensors"
+    words = (*TRAIN, "seed=1", "epochs=5", "dataset.val_fraction=0", f"out={of_another_run.parent}")
+    assert here(*words, "--quiet").code == 0
+    for foreign in (older, of_another_run):
+        shutil.copy(foreign, folder)
+        ended = here("train", f"resume={folder}", "epochs=9", "--quiet")
+        error, hint = two_lines(ended.stderr)
+        assert ended.code == 4 and hint.startswith("put it back")
+        assert "best.safetensors doesn't hold the weights of epoch" in error
+    (folder / "best.safetensors").unlink()
     ended = here("train", f"resume={folder}", "epochs=9", "--quiet")
-    error, hint = two_lines(ended.stderr)
-    assert ended.code == 4 and hint.startswith("put it back")
-    assert "best.safetensors doesn't hold the weights of epoch" in error
+    assert ended.code == 4 and "can't be used" in two_lines(ended.stderr)[0]
 
 
 def test_a_folder_that_was_copied_is_a_run_of_its_own(stops: Stops, tmp_path: Path) -> None:
@@ -871,14 +878,16 @@ def test_bfloat16_goes_on_exactly_on_a_cpu_that_is_quick_with_it(
 ) -> None:
     """Any CPU can compute it; without AMX it is refused, because it would only be slow."""
     words = ("train", "model=cnn", "dataset=digits", "epochs=2", "device=cpu", "--quiet")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(cpu, "has_amx", lambda: False)
     refused = here(*words, "precision=bfloat16", f"out={tmp_path / 'refused'}")
+    sweep = here(*words, "-m", "precision=bfloat16", "seed=0,1", f"out={tmp_path / 'refused'}")
+    assert sweep.code == 2 and sweep.stderr == refused.stderr
     error, hint = two_lines(refused.stderr)
     assert refused.code == 2 and not (tmp_path / "refused").exists()
     assert error.startswith("precision=bfloat16 needs CUDA or a CPU with AMX")
     assert hint == "type precision=float32"
 
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(cpu, "has_amx", lambda: True)
     exact, whole, cut = (tmp_path / name for name in ("exact", "whole", "cut"))
     assert here(*words, f"out={exact}").code == 0
     words = (*words, "precision=bfloat16")

@@ -174,10 +174,10 @@ LAYERS: dict[str, dict[str, set[str]]] = {
     },
     "ground": {
         "__init__": set(), "conf": set(), "config": {"errors", "typed", "options"}, "errors": set(),
-        "formats": set(),
+        "formats": set(), "cpu": set(),
         "imports": {"signals"},
         "options": {"errors", "typed"}, "plugin_code": {"errors", "options"},
-        "console": {"errors"}, "runtime": {"errors"}, 
+        "console": {"errors"}, "runtime": {"cpu", "errors"},
         "profiler": {"console", "durable", "errors", "runtime"},
         "signals": {"errors"}, "strict_json": set(), "seal": set(), "typed": {"errors"},
         "durable": {"errors"},
@@ -188,7 +188,7 @@ LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 HYDRA = ("compose", "explain", "hydra_main", "multirun")
 TORCH_FREE = (
     *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "options", "typed",
-    "errors", "formats", "imports", "console", "signals",
+    "errors", "formats", "cpu", "imports", "console", "signals",
     "sweep/__init__", "sweep/job", "sweep/pool", "sweep/board", "sweep/display",
     "sweep/leaderboard", "sweep/search", "sweep/space", "sweep/study", "sweep/group",
     "logger/__init__", "logger/wandb",

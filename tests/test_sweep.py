@@ -210,6 +210,18 @@ def test_a_loss_is_not_ranked_beside_another_loss(tmp_path: Path) -> None:
     assert board["winner"] is None
     assert board["ranked_by"] == "by nothing: the val_loss of different losses don't compare"
     assert leaderboard.build(tmp_path / "b")["winner"]["config"]["loss"] == "bce"
+    leave(tmp_path / "c", "0", "loss=mse monitor=val_loss", 0.4, monitor="val_loss")
+    leave(tmp_path / "c", "1", "loss=bce monitor=val_loss", None, status="failed", error="none")
+    assert leaderboard.build(tmp_path / "c")["winner"]["jobs"] == ["0"]  # the other has no score
+
+
+def test_a_setting_of_null_is_told(tmp_path: Path) -> None:
+    """And the key of an option that a row hasn't chosen is not."""
+    leave(tmp_path, "0", "model=cnn early_stop.patience=null", 0.9)
+    leave(tmp_path, "1", "model=mlp model.hidden=[8] early_stop.patience=3", 0.8)
+    leave(tmp_path, "2", "model=mlp model.hidden=[9] early_stop.patience=3", 0.7)
+    winner = leaderboard.build(tmp_path)["winner"]
+    assert display._what(winner, display.cell) == "model=cnn early_stop.patience=-"
 
 
 def test_scores_of_different_metrics_say_which_they_are(mnist_cli: Program) -> None:
@@ -1015,6 +1027,14 @@ def test_a_search_with_two_at_once(server: Server, tmp_path: Path) -> None:
         (("sweep.search=optuna",), "has nothing to choose", "interval(1e-4, 1e-1)"),
         (("sweep.search=optuna", "seed=0,1"), "doesn't choose the seed", "one seed"),
         (("sweep.search=optuna", "epochs=interval(1,3)"), "takes whole numbers", "=range(1,4)"),
+        (
+            ("sweep.search=optuna", "batch_size=tag(log,interval(16,1048576))"),
+            *("batch_size takes whole numbers", "=tag(log,range(16,1048577))"),
+        ),
+        (
+            ("sweep.search=optuna", "monitor=val_loss", "loss.label_smoothing=interval(0,0.2)"),
+            *("can't choose loss.label_smoothing", "val_accuracy"),
+        ),
         (("sweep.search=optuna", "epochs=range(1,3.5,0.5)"), "epochs=1.5 has the wrong", "whole"),
         (("sweep.search=optuna", "optim.lr=interval(-1,1)"), "optim.lr=-1 is out of", "above 0"),
         (("sweep.search=optuna", "optim.lr=interval(1,0.1)"), "no range to search", "smaller end"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 
@@ -33,8 +34,9 @@ def load_again(
     """
     source = run.dataset
     if isinstance(source, ImageFilesConfig | EmnistConfig):
-        if root is None and os.path.isdir(os.path.expanduser(source.root or "")):
-            root = source.root
+        if root is None:
+            with contextlib.suppress(ValueError):  # no name that a folder can have
+                root = source.root if os.path.isdir(os.path.expanduser(source.root or "")) else None
         source = dataclasses.replace(source, root=root, mirror=None)
     try:
         data = dataset.load(source, run.seed, may_download=may_download)

@@ -22,8 +22,8 @@ from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, DatasetSpec, Split
 from mnist_cli.dataset.again import load_again
 from mnist_cli.errors import CheckpointError, MnistCliError, UsageError, one_line
-from mnist_cli.report import sweep_record
 from mnist_cli.run import MAX_RESULT_BYTES, RunFolder
+from mnist_cli.sweep import leaderboard
 from mnist_cli.typed import Range, known, parse
 
 _Count = Annotated[int, Range(least=0, most=2**53)]
@@ -188,7 +188,7 @@ def folder_of(name: str) -> RunFolder:
     except OSError as error:
         raise CheckpointError(f"can't open {folder.path}: {error.strerror}", hint) from error
     if not holds_one:
-        if sweep_record.is_sweep(folder.path):
+        if (folder.path / leaderboard.JSON).exists():
             hint = "the page of a sweep stands alone: name one sweep, or two runs"
         raise CheckpointError(f"run={folder.path} holds no checkpoint", hint)
     return folder

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from mnist_cli import formats
+from mnist_cli import conf, formats
 from mnist_cli.console import Console
 
 MAX_SHOWN = 10  # failed jobs below the table
@@ -23,7 +23,8 @@ def show(board: dict[str, Any], console: Console) -> None:
     started = [row for row in board["rows"] if row["state"] != "waiting"]
     headers, rows = _cells(board | {"rows": started}, told)
     num_texts = 1 + len(board["columns"])
-    if not console.has_room(headers, rows):  # then a line breaks between settings, not in them
+    if board["columns"] and not console.has_room(headers, rows):
+        # So that a line breaks between settings, not in them.
         headers[1:num_texts] = ["configuration"]
         for cells, row in zip(rows, started, strict=True):
             cells[1:num_texts] = [_what(row, told)]
@@ -114,7 +115,8 @@ def _sentence(row: dict[str, Any], told: Callable[[Any], str]) -> str:
 
 def _what(row: dict[str, Any], told: Callable[[Any], str]) -> str:
     """What tells the row apart; keys of options that it hasn't chosen are left out."""
-    own = {k: v for k, v in row["config"].items() if v is not None or "." not in k}
+    config = row["config"].items()
+    own = {k: v for k, v in config if v is not None or k.partition(".")[0] not in conf.GROUPS}
     return " ".join(f"{key}={told(value)}" for key, value in own.items())
 
 

@@ -103,7 +103,9 @@ def build(
     listed = [_row(row, columns, failures or {}) for row in rows.values()]
     metrics = {row["metric"] for row in listed if row["mean"] is not None}
     metric = metrics.pop() if len(metrics) == 1 else None
-    if metric == "val_loss" and len({_loss_of(entry) for entry in entries}) > 1:
+    pairs = zip(rows.values(), listed, strict=True)
+    scored = [own[0] for own, row in pairs if row["mean"] is not None]
+    if metric == "val_loss" and len({_loss_of(entry) for entry in scored if entry.config}) > 1:
         metric, metrics = None, {"the val_loss of different losses"}
     ranked = [row for row in listed if row["mean"] is not None and metric is not None]
     sign = -1 if metric is not None and is_higher_better(metric) else 1

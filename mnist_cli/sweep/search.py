@@ -50,6 +50,12 @@ def check(settings: SweepConfig, space: Space, config: TrainConfig) -> list[str]
             f"sweep.objectives names {foreign}, which dataset={config.dataset.name} has not",
             f"name some of: {', '.join(name for name in OBJECTIVES if name != foreign)}",
         )
+    of_loss = [part.key for part in space if part.key.partition(".")[0] == "loss"]
+    if "val_loss" in objectives and of_loss:
+        raise UsageError(
+            f"a search by val_loss can't choose {of_loss[0]}: different losses don't compare",
+            "type monitor=val_accuracy, or leave it out",
+        )
     if settings.sampler == "grid":
         for part in space:
             part.points()
