@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mnist_cli import compose, line, runtime, train, train_step
-from mnist_cli.job import Job
+from mnist_cli.learner import Learner
 from mnist_cli.model.dropout import Dropout
 
 ROUNDS, STEPS = 7, 60
@@ -44,8 +44,8 @@ ACTIVATIONS = (
 Call = Callable[[], object]
 
 
-def prepared(words: tuple[str, ...]) -> Job:
-    """The job that `train` would run."""
+def prepared(words: tuple[str, ...]) -> Learner:
+    """The learner that `train` would run."""
     typed = line.parse_line(["train", *words, "device=cpu"])
     runtime.set_up_cpu()
     with compose.initialized(typed):
@@ -53,19 +53,19 @@ def prepared(words: tuple[str, ...]) -> Job:
     return train.prepare(config, None, time.monotonic())
 
 
-def parts(job: Job) -> dict[str, Callable[[int], object]]:
+def parts(learner: Learner) -> dict[str, Callable[[int], object]]:
     """The whole step and each part of it, as functions of the step's number."""
-    train, rows = job.data.train, job.config.batch_size
+    train, rows = learner.data.train, learner.config.batch_size
     indices = torch.randperm(len(train)).split(rows)[:STEPS]
-    job.model.train()
-    operations, dropped = recorded(job, indices[0])
+    learner.model.train()
+    operations, dropped = recorded(learner, indices[0])
 
     def whole(step: int) -> object:
-        return train_step.take_step(job, indices[step], step)
+        return train_step.take_step(learner, indices[step], step)
 
     def batch(step: int) -> object:
         train.targets.index_select(0, indices[step])
-        return job.normalise(train.inputs.index_select(0, indices[step]))
+        return learner.normalise(train.inputs.index_select(0, indices[step]))
 
     def those(names: tuple[str, ...]) -> list[Call]:
         return [call for name, call in operations if name in names]
@@ -74,14 +74,14 @@ def parts(job: Job) -> dict[str, Callable[[int], object]]:
     return {
         "whole": whole,
         "products": lambda step: [call() for call in products],
-        "optimizer": lambda step: job.optimizer.step(),
+        "optimizer": lambda step: learner.optimizer.step(),
         "activations": lambda step: [call() for call in activations],
         "batch": batch,
         "dropout": lambda step: [call() for call in dropped],
     }
 
 
-def recorded(job: Job, indices: Tensor) -> tuple[list[tuple[str, Call]], list[Call]]:
+def recorded(learner: Learner, indices: Tensor) -> tuple[list[tuple[str, Call]], list[Call]]:
     """What a step on `indices` asks of torch, by name, and what its dropouts are asked for.
 
     Each can be called again, on the same tensors.
@@ -104,8 +104,8 @@ def recorded(job: Job, indices: Tensor) -> tuple[list[tuple[str, Call]], list[Ca
         return mask(layer, values)
 
     with mock.patch.object(Dropout, "mask", noted), Recording():
-        train_step.compute_gradients(job, indices)
-    train_step.update_weights(job)
+        train_step.compute_gradients(learner, indices)
+    train_step.update_weights(learner)
     return operations, dropped
 
 

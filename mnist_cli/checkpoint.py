@@ -19,7 +19,6 @@ import math
 import os
 import re
 import shlex
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mnist_cli import __version__, durable, optim, seal, strict_json
+from mnist_cli import __version__, durable, optim, regular_file, seal, strict_json
 from mnist_cli.config import TrainConfig, to_plain, train_config
 from mnist_cli.dataset import DatasetSpec
 from mnist_cli.errors import (
@@ -200,7 +199,7 @@ def load(path: Path) -> Checkpoint:
         UsageError: it was made with a plugin whose name was not typed, or that fails.
     """
     try:
-        return decode(read_regular_file(path, _check_start))
+        return decode(read_file(path, _check_start))
     except _Refused as refused:
         raise CheckpointError(f"{path}: {refused}", refused.hint) from refused
 
@@ -216,28 +215,24 @@ class _Refused(Exception):
 _FOREIGN = "only checkpoints that mnist-cli wrote are read; pickle files never are"
 
 
-def read_regular_file(path: Path, before: Callable[[bytes, int], None] | None = None) -> bytes:
-    """All bytes of a regular file of at most MAX_FILE_BYTES; never waits for a FIFO or a device.
+def read_file(path: Path, before: Callable[[bytes, int], None] | None = None) -> bytes:
+    """All bytes of a regular file of at most MAX_FILE_BYTES.
 
     Args:
         before: is given the first mebibyte and the size, to refuse the file before it is read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise _Refused("is not a regular file", _FOREIGN)
-            if status.st_size > MAX_FILE_BYTES:
+        with regular_file.opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE_BYTES:
                 raise _Refused(f"is larger than {MAX_FILE_BYTES} bytes", _FOREIGN)
             if before is not None:
-                before(file.read(8 + MAX_HEADER_BYTES), status.st_size)
+                before(file.read(8 + MAX_HEADER_BYTES), size)
                 file.seek(0)
-            return file.readall()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
+            return file.read()
+    except OSError as error:
         raise CheckpointError(
-            f"can't read {path}: {reason or error}",
+            f"can't read {path}: {error.strerror}",
             "name a run folder or a .safetensors file: checkpoint=RUN",
         ) from error
 

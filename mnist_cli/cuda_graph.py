@@ -23,7 +23,7 @@ from torch import Tensor
 from mnist_cli import runtime
 from mnist_cli.console import Console
 from mnist_cli.errors import UsageError, is_out_of_memory, one_line
-from mnist_cli.job import REPLAYED_STEPS, Job
+from mnist_cli.learner import REPLAYED_STEPS, Learner
 from mnist_cli.options import PluginLossConfig, PluginModelConfig
 from mnist_cli.train_step import compute_gradients, diverged, lr_of, take_step, update_weights
 
@@ -34,25 +34,25 @@ CAPTURABLE = ("sgd", "momentum", "adam", "adamw", "rmsprop", "adadelta")
 
 
 @contextlib.contextmanager
-def replaying(job: Job, console: Console) -> Iterator[None]:
-    """In the block `job` replays its steps, if cuda_graph=true asks for it and it can be done."""
-    if job.config.cuda_graph:
-        reason = obstacle(job)
+def replaying(learner: Learner, console: Console) -> Iterator[None]:
+    """Let `learner` replay its steps in the block, if cuda_graph=true asks for it and it can."""
+    if learner.config.cuda_graph:
+        reason = obstacle(learner)
         if reason is None:
-            job.replay = StepGraph(job, CaptureStream(job.device))
+            learner.replay = StepGraph(learner, CaptureStream(learner.device))
         else:
             console.warn(f"cuda_graph=true does nothing here: {reason}; steps are taken one by one")
     try:
         yield
     finally:
-        job.replay = None  # and with it the graph, which must not die while another is recorded
+        learner.replay = None  # and with it the graph, which must not die while another is recorded
 
 
-def obstacle(job: Job) -> str | None:
-    """What keeps the steps of `job` from being recorded, in words."""
-    config = job.config
-    if job.device.type != "cuda":
-        return f"the device is {job.device}"
+def obstacle(learner: Learner) -> str | None:
+    """What keeps the steps of `learner` from being recorded, in words."""
+    config = learner.config
+    if learner.device.type != "cuda":
+        return f"the device is {learner.device}"
     if config.optim.name not in CAPTURABLE:
         return f"optim={config.optim.name} needs the CPU in each step"
     if config.precision == "float16":
@@ -106,27 +106,27 @@ class CaptureStream:
 
 
 class StepGraph:
-    """The steps of a job out of a graph: `Job.replay`.
+    """The steps of a learner out of a graph: `Learner.replay`.
 
     All full steps are the same graph. What is left at the end of an epoch is another shape, and is
     taken as a step of its own.
     """
 
-    def __init__(self, job: Job, stream: Stream) -> None:
-        self._job, self._stream = job, stream
-        self._batch_size = job.config.batch_size * job.config.grad_accum
+    def __init__(self, learner: Learner, stream: Stream) -> None:
+        self._learner, self._stream = learner, stream
+        self._batch_size = learner.config.batch_size * learner.config.grad_accum
         self._num_taken = 0
         self._replay: Callable[[], None] | None = None
 
         def table(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=job.device)
+            return torch.zeros(shape, dtype=dtype, device=learner.device)
 
         self._indices = table(REPLAYED_STEPS, self._batch_size, dtype=torch.int64)
         self._lrs = table(REPLAYED_STEPS)
         self._losses = table(REPLAYED_STEPS)
         self._row = table(1, dtype=torch.int64)  # of the tables, for the next step
         self._lr = table()
-        self._make_capturable(job.optimizer)
+        self._make_capturable(learner.optimizer)
 
     def _make_capturable(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer read its learning rate and its counters on the device."""
@@ -148,17 +148,18 @@ class StepGraph:
         losses = self._take(full, step) if full else []
         for number, loss in enumerate(losses, step):
             if not math.isfinite(loss):
-                raise diverged(self._job, "loss", loss, number)
+                raise diverged(self._learner, "loss", loss, number)
         rest = enumerate(batches[len(full) :], step + len(full))
-        return losses + [take_step(self._job, indices, number) for number, indices in rest]
+        return losses + [take_step(self._learner, indices, number) for number, indices in rest]
 
     def _take(self, full: Sequence[Tensor], step: int) -> list[float]:
-        job, numbers = self._job, range(step, step + len(full))
+        learner, numbers = self._learner, range(step, step + len(full))
         self._indices[: len(full)] = torch.stack(list(full))
-        self._lrs[: len(full)] = torch.tensor([lr_of(job, number) for number in numbers])
+        self._lrs[: len(full)] = torch.tensor([lr_of(learner, number) for number in numbers])
         self._row.zero_()
         for number in numbers:
-            runtime.reseed(job.device, runtime.counted_seed(job.config.seed, "step", number))
+            seed = runtime.counted_seed(learner.config.seed, "step", number)
+            runtime.reseed(learner.device, seed)
             self._advance()
         losses: list[float] = self._losses[: len(full)].tolist()  # waits for the device
         return losses
@@ -175,7 +176,8 @@ class StepGraph:
     def _step(self) -> None:
         """What is recorded: a step on the current row of the tables."""
         self._lr.copy_(self._lrs.index_select(0, self._row).squeeze(0))
-        parts = compute_gradients(self._job, self._indices.index_select(0, self._row).squeeze(0))
+        indices = self._indices.index_select(0, self._row).squeeze(0)
+        parts = compute_gradients(self._learner, indices)
         self._losses.index_copy_(0, self._row, torch.stack(parts).detach().sum(0, keepdim=True))
-        update_weights(self._job)
+        update_weights(self._learner)
         self._row.add_(1)

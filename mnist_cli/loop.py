@@ -19,7 +19,7 @@ from mnist_cli.checkpoint import Best, Progress
 from mnist_cli.config import save_every_s
 from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted, PrunedError
-from mnist_cli.job import REPLAYED_STEPS, Job
+from mnist_cli.learner import REPLAYED_STEPS, Learner
 from mnist_cli.options import plugin_words
 from mnist_cli.profiler import Profiler
 from mnist_cli.run import RunFolder
@@ -36,7 +36,7 @@ def never(epoch: int, value: float | None) -> bool:
 
 
 def fit(
-    job: Job,
+    learner: Learner,
     folder: RunFolder,
     console: Console,
     signals: SignalWatch,
@@ -53,20 +53,21 @@ def fit(
     Raises:
         PrunedError: `should_stop` said so.
     """
-    config, train = job.config, job.data.train
+    config, train = learner.config, learner.data.train
     clock = SaveClock(config.save_every)
-    step, loss_sum, epoch_s = job.progress.step, job.progress.loss_sum, job.progress.epoch_s
+    before = learner.progress
+    step, loss_sum, epoch_s = before.step, before.loss_sum, before.epoch_s
     trace = folder.trace if config.profile else None
     with console.bar() as bar, Profiler(trace, console) as profiler:
-        while not is_over(job):
-            epoch, position = divmod(step, job.steps_per_epoch)
-            order = runtime.permutation(config.seed, epoch, len(train)).to(job.device)
+        while not is_over(learner):
+            epoch, position = divmod(step, learner.steps_per_epoch)
+            order = runtime.permutation(config.seed, epoch, len(train)).to(learner.device)
             batches = order.split(config.batch_size * config.grad_accum)
-            job.model.train()
+            learner.model.train()
             resumed_at_s, spent_s = time.perf_counter(), epoch_s
             while position < len(batches):
-                taken = batches[position : position + steps_at_once(job, step)]
-                losses = take_steps(job, taken, step)
+                taken = batches[position : position + steps_at_once(learner, step)]
+                losses = take_steps(learner, taken, step)
                 step += len(taken)
                 position += len(taken)
                 for loss, indices in zip(losses, taken, strict=True):
@@ -77,51 +78,52 @@ def fit(
                 )
                 if position < len(batches) and (signals.received or clock.is_due(step)):
                     epoch_s = spent_s + time.perf_counter() - resumed_at_s
-                    job.progress = _advance(job, step, loss_sum, epoch_s)
-                    save(job, folder.last)
-                    stop_if_asked(signals, job, folder)
+                    learner.progress = _advance(learner, step, loss_sum, epoch_s)
+                    save(learner, folder.last)
+                    stop_if_asked(signals, learner, folder)
             epoch_s = spent_s + time.perf_counter() - resumed_at_s
-            job.progress = _advance(job, step, 0.0, 0.0, train_s=job.progress.train_s + epoch_s)
+            train_s = learner.progress.train_s + epoch_s
+            learner.progress = _advance(learner, step, 0.0, 0.0, train_s=train_s)
 
-            with timed(job.times, "eval_s"):
-                outputs = scoring.answers(job.model, job.data.spec, job.data.val)
-                scores = score(job, outputs)
-            row = row_of(job, loss_sum, epoch_s, scores)
-            keep(job, folder, row, console)
+            with timed(learner.times, "eval_s"):
+                outputs = scoring.answers(learner.model, learner.data.spec, learner.data.val)
+                scores = score(learner, outputs)
+            row = row_of(learner, loss_sum, epoch_s, scores)
+            keep(learner, folder, row, console)
             clock.saved()
             log(row)
             loss_sum = epoch_s = 0.0
-            stop_if_asked(signals, job, folder)
+            stop_if_asked(signals, learner, folder)
             if should_stop(epoch + 1, scores[config.monitored]):
-                raise PrunedError(epoch + 1, _how_to_go_on(job, folder))
-    return end(job, folder)
+                raise PrunedError(epoch + 1, _how_to_go_on(learner, folder))
+    return end(learner, folder)
 
 
-def score(job: Job, outputs: Tensor) -> dict[str, float | None]:
+def score(learner: Learner, outputs: Tensor) -> dict[str, float | None]:
     """Loss and accuracy (or mse) on the validation split; None where there is no such split.
 
     Args:
         outputs: what the model answers there, (N, C) float32.
     """
-    val, spec = job.data.val, job.data.spec
+    val, spec = learner.data.val, learner.data.spec
     if not len(val):
         metric = "accuracy" if spec.task == "classification" else "mse"
         return {"val_loss": None, f"val_{metric}": None}
-    scores = scoring.summary(outputs, val, spec, job.loss)
+    scores = scoring.summary(outputs, val, spec, learner.loss)
     if not math.isfinite(scores["loss"]):
-        raise diverged(job, "validation loss", scores["loss"], job.progress.step - 1)
+        raise diverged(learner, "validation loss", scores["loss"], learner.progress.step - 1)
     return {f"val_{name}": value for name, value in scores.items()}
 
 
 def row_of(
-    job: Job, loss_sum: float, epoch_s: float, scores: dict[str, float | None]
+    learner: Learner, loss_sum: float, epoch_s: float, scores: dict[str, float | None]
 ) -> dict[str, Any]:
-    """The row of metrics.csv for the epoch that `job` has just done."""
-    step, num_rows = job.progress.step, len(job.data.train)
+    """The row of metrics.csv for the epoch that `learner` has just done."""
+    step, num_rows = learner.progress.step, len(learner.data.train)
     return {
-        "epoch": step // job.steps_per_epoch,
+        "epoch": step // learner.steps_per_epoch,
         "step": step,
-        "lr": lr_of(job, step - 1),
+        "lr": lr_of(learner, step - 1),
         "train_loss": loss_sum / num_rows,
         **scores,
         "seconds": epoch_s,
@@ -129,67 +131,68 @@ def row_of(
     }
 
 
-def keep(job: Job, folder: RunFolder, row: dict[str, Any], console: Console) -> None:
+def keep(learner: Learner, folder: RunFolder, row: dict[str, Any], console: Console) -> None:
     """Select, record and save an epoch, whose row of metrics.csv is `row`."""
-    is_best = select(job, row["epoch"], row)
+    is_best = select(learner, row["epoch"], row)
     _record(folder, row, console)
-    console.say(epoch_line(row, job.config.epochs, is_best))
+    console.say(epoch_line(row, learner.config.epochs, is_best))
     if is_best:
-        save(job, folder.best)
-    save(job, folder.last)
+        save(learner, folder.best)
+    save(learner, folder.last)
 
 
-def end(job: Job, folder: RunFolder) -> str:
+def end(learner: Learner, folder: RunFolder) -> str:
     """Save what a run without a validation split is judged by, and say why the run is over."""
-    if not len(job.data.val):
-        save(job, folder.best)
-    if is_out_of_patience(job):
-        return f"no better {job.config.monitored} for {job.config.early_stop.patience} epochs"
+    if not len(learner.data.val):
+        save(learner, folder.best)
+    if is_out_of_patience(learner):
+        config = learner.config
+        return f"no better {config.monitored} for {config.early_stop.patience} epochs"
     return "the last epoch is done"
 
 
-def is_over(job: Job) -> bool:
+def is_over(learner: Learner) -> bool:
     """Whether there is no epoch left to train."""
-    is_complete = job.progress.step >= job.config.epochs * job.steps_per_epoch
-    return is_complete or is_out_of_patience(job)
+    is_complete = learner.progress.step >= learner.config.epochs * learner.steps_per_epoch
+    return is_complete or is_out_of_patience(learner)
 
 
-def is_out_of_patience(job: Job) -> bool:
-    patience = job.config.early_stop.patience
-    return patience is not None and job.progress.stale_epochs >= patience
+def is_out_of_patience(learner: Learner) -> bool:
+    patience = learner.config.early_stop.patience
+    return patience is not None and learner.progress.stale_epochs >= patience
 
 
-def steps_at_once(job: Job, step: int) -> int:
+def steps_at_once(learner: Learner, step: int) -> int:
     """How many steps from `step` on may be taken until losses, signals and clock are checked."""
-    if job.replay is None:
+    if learner.replay is None:
         return 1
-    every = job.config.save_every
+    every = learner.config.save_every
     return min(REPLAYED_STEPS, every - step % every) if isinstance(every, int) else REPLAYED_STEPS
 
 
-def select(job: Job, epoch: int, scores: dict[str, float | None]) -> bool:
+def select(learner: Learner, epoch: int, scores: dict[str, float | None]) -> bool:
     """Whether this epoch is the best so far; remembers it if so.
 
     A tie goes to the later epoch, which has learned from more steps, but doesn't count as progress
     for early stopping. Without a validation split the newest weights are the result.
     """
-    monitor = job.config.monitored if len(job.data.val) else None
+    monitor = learner.config.monitored if len(learner.data.val) else None
     value = scores[monitor] if monitor else None
-    before = job.progress.best
+    before = learner.progress.best
     gain = math.inf
     if value is not None and before is not None and before.value is not None:
         gain = value - before.value if monitor == "val_accuracy" else before.value - value
-    stale = 0 if gain > 0 else job.progress.stale_epochs + 1
-    new = Best(epoch=epoch, step=job.progress.step, monitor=monitor, value=value)
+    stale = 0 if gain > 0 else learner.progress.stale_epochs + 1
+    new = Best(epoch=epoch, step=learner.progress.step, monitor=monitor, value=value)
     best = new if gain >= 0 else before
-    job.progress = dataclasses.replace(job.progress, best=best, stale_epochs=stale)
+    learner.progress = dataclasses.replace(learner.progress, best=best, stale_epochs=stale)
     return gain >= 0 and monitor is not None
 
 
-def save(job: Job, path: Path) -> None:
+def save(learner: Learner, path: Path) -> None:
     """Write a checkpoint, unless its weights are not finite."""
-    check_weights(job, job.progress.step - 1)
-    checkpoints.save(path, job.checkpoint())
+    check_weights(learner, learner.progress.step - 1)
+    checkpoints.save(path, learner.checkpoint())
 
 
 class SaveClock:
@@ -225,15 +228,15 @@ def epoch_line(row: dict[str, Any], epochs: int, is_best: bool) -> str:
 
 
 def _advance(
-    job: Job, step: int, loss_sum: float, epoch_s: float, train_s: float | None = None
+    learner: Learner, step: int, loss_sum: float, epoch_s: float, train_s: float | None = None
 ) -> Progress:
-    scaling = job.scaler.state_dict()  # empty but for float16
+    scaling = learner.scaler.state_dict()  # empty but for float16
     return dataclasses.replace(
-        job.progress,
+        learner.progress,
         step=step,
         loss_sum=loss_sum,
         epoch_s=epoch_s,
-        train_s=job.progress.train_s if train_s is None else train_s,
+        train_s=learner.progress.train_s if train_s is None else train_s,
         loss_scale=scaling.get("scale"),
         loss_scale_steps=scaling.get("_growth_tracker", 0),
     )
@@ -247,18 +250,18 @@ def _record(folder: RunFolder, row: dict[str, Any], console: Console) -> None:
         console.warn(f"{folder.metrics} can't be written: {error.strerror}")
 
 
-def stop_if_asked(signals: SignalWatch, job: Job, folder: RunFolder) -> None:
+def stop_if_asked(signals: SignalWatch, learner: Learner, folder: RunFolder) -> None:
     """Raise Interrupted if a signal came. Call it when everything is saved."""
     if signals.received is not None:
         raise Interrupted(
             signals.received,
-            f"interrupted at step {job.progress.step}; everything is saved in {folder.path}",
-            _how_to_go_on(job, folder),
+            f"interrupted at step {learner.progress.step}; everything is saved in {folder.path}",
+            _how_to_go_on(learner, folder),
         )
 
 
-def _how_to_go_on(job: Job, folder: RunFolder) -> str:
-    words = [f"resume={folder.path}", *plugin_words(job.config.plugin)]
+def _how_to_go_on(learner: Learner, folder: RunFolder) -> str:
+    words = [f"resume={folder.path}", *plugin_words(learner.config.plugin)]
     return f"type mnist-cli train {shlex.join(words)}"
 
 

@@ -42,7 +42,7 @@ def load(path: Path) -> Exported:
         import onnx
 
     try:
-        data = checkpoints.read_regular_file(path)
+        data = checkpoints.read_file(path)
         proto = onnx.load_model_from_string(data)
         texts = {entry.key: entry.value for entry in proto.metadata_props}
         config, spec = checkpoints.parse_provenance(texts["mnist_cli"])

@@ -30,7 +30,7 @@ from mnist_cli.errors import (
     is_out_of_memory,
     one_line,
 )
-from mnist_cli.job import Job
+from mnist_cli.learner import Learner
 from mnist_cli.logger import Finished
 from mnist_cli.loop import save, stop_if_asked, timed
 from mnist_cli.loss import Loss, build_loss
@@ -48,7 +48,7 @@ class Run:
     and what earlier sessions took, in seconds, by the names of result.json.
     """
 
-    job: Job
+    learner: Learner
     folder: RunFolder
     console: Console
     started_s: float
@@ -57,9 +57,9 @@ class Run:
 
 def begin(run: Run) -> None:
     """Write what a run that is cut off goes on from, and say what is about to happen."""
-    save(run.job, run.folder.last)
+    save(run.learner, run.folder.last)
     run.folder.write_result(_result(run, "interrupted"))
-    run.folder.write_config(run.job.config)
+    run.folder.write_config(run.learner.config)
     _banner(run)
 
 
@@ -70,24 +70,24 @@ def conclude(run: Run, signals: SignalWatch) -> Finished:
         Interrupted: by a signal; all is saved.
         DivergedError: the selected weights give no finite loss.
     """
-    job, folder = run.job, run.folder
+    learner, folder = run.learner, run.folder
     selected = checkpoints.load(folder.best)
-    model = selected.build_model(job.device)
+    model = selected.build_model(learner.device)
     # By its own loss, as `eval` does: a run that is resumed may go on with another.
-    loss = build_loss(selected.config.loss, job.data.spec.task)
+    loss = build_loss(selected.config.loss, learner.data.spec.task)
     measured: dict[str, dict[str, Any] | None] = {"val": None}
-    with timed(job.times, "eval_s"):
-        if len(job.data.val):
-            measured["val"], _ = _measure(job, model, loss, job.data.val)
-    stop_if_asked(signals, job, folder)
-    with timed(job.times, "eval_s"):
-        measured["test"], outputs = _measure(job, model, loss, job.data.test)
-    stop_if_asked(signals, job, folder)
-    _write_answers(job, folder, outputs)
+    with timed(learner.times, "eval_s"):
+        if len(learner.data.val):
+            measured["val"], _ = _measure(learner, model, loss, learner.data.val)
+    stop_if_asked(signals, learner, folder)
+    with timed(learner.times, "eval_s"):
+        measured["test"], outputs = _measure(learner, model, loss, learner.data.test)
+    stop_if_asked(signals, learner, folder)
+    _write_answers(learner, folder, outputs)
     result = _result(run, "completed") | measured
-    result["model"] |= _learned_line(job, model)
+    result["model"] |= _learned_line(learner, model)
     folder.write_result(result)
-    return Finished(result, model, job.data, outputs)
+    return Finished(result, model, learner.data, outputs)
 
 
 @contextlib.contextmanager
@@ -96,7 +96,7 @@ def recorded(run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        failure = _explained(error, run.job.config)
+        failure = _explained(error, run.learner.config)
         _record_failure(failure, run)
         if failure is error:
             raise
@@ -133,22 +133,22 @@ def _record_failure(error: BaseException, run: Run) -> None:
 
 
 def _measure(
-    job: Job, model: nn.Module, loss: Loss, split: dataset.Split
+    learner: Learner, model: nn.Module, loss: Loss, split: dataset.Split
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """All metrics of `split`, and the (N, K) float32 outputs that they are of."""
-    outputs = scoring.answers(model, job.data.spec, split)
-    measured = scoring.measure(outputs, split, job.data.spec, loss)
+    outputs = scoring.answers(model, learner.data.spec, split)
+    measured = scoring.measure(outputs, split, learner.data.spec, loss)
     if not math.isfinite(measured["loss"]):
-        step = job.progress.step - 1
-        raise diverged(job, "loss of the selected weights", measured["loss"], step)
+        step = learner.progress.step - 1
+        raise diverged(learner, "loss of the selected weights", measured["loss"], step)
     return measured, outputs
 
 
-def _write_answers(job: Job, folder: RunFolder, outputs: torch.Tensor) -> None:
+def _write_answers(learner: Learner, folder: RunFolder, outputs: torch.Tensor) -> None:
     """errors.csv of a classification, and with predictions=true predictions.csv, of the test."""
-    test, spec = job.data.test, job.data.spec
+    test, spec = learner.data.test, learner.data.spec
     if spec.task == "regression":
-        if job.config.predictions:
+        if learner.config.predictions:
             pairs = zip(test.targets.flatten().tolist(), outputs.flatten().tolist(), strict=True)
             numbers = ((index, *pair) for index, pair in enumerate(pairs))
             runs.write_table(folder.predictions, scoring.ANSWER_COLUMNS[:3], numbers)
@@ -156,17 +156,17 @@ def _write_answers(job: Job, folder: RunFolder, outputs: torch.Tensor) -> None:
     rows = scoring.named_answers(outputs, test, spec)
     wrong = (row for row in rows if row[1] != row[2])
     runs.write_table(folder.errors, scoring.ANSWER_COLUMNS, wrong)
-    if job.config.predictions:
+    if learner.config.predictions:
         judged = ((*row, str(row[1] == row[2]).lower()) for row in rows)
         runs.write_table(folder.predictions, (*scoring.ANSWER_COLUMNS, "correct"), judged)
 
 
 def _result(run: Run, status: str) -> dict[str, Any]:
     """result.json, without what is only known at the end of a completed run."""
-    job = run.job
-    best, progress, spec = job.progress.best, job.progress, job.data.spec
-    samples = progress.step / job.steps_per_epoch * len(job.data.train)
-    now = job.times | {"total_s": time.monotonic() - run.started_s}
+    learner = run.learner
+    best, progress, spec = learner.progress.best, learner.progress, learner.data.spec
+    samples = progress.step / learner.steps_per_epoch * len(learner.data.train)
+    now = learner.times | {"total_s": time.monotonic() - run.started_s}
     times = {name: seconds + run.earlier.get(name, 0.0) for name, seconds in now.items()}
     times["train_s"] = progress.train_s + progress.epoch_s
     return {
@@ -174,9 +174,9 @@ def _result(run: Run, status: str) -> dict[str, Any]:
         "command": "train",
         "status": status,
         "error": None,
-        "config_hash": config_hash(job.config),
-        "seed": job.config.seed,
-        "device": str(job.device),
+        "config_hash": config_hash(learner.config),
+        "seed": learner.config.seed,
+        "device": str(learner.device),
         "run_dir": str(run.folder.path),
         "versions": {
             "mnist_cli": __version__,
@@ -186,12 +186,12 @@ def _result(run: Run, status: str) -> dict[str, Any]:
         "dataset": {
             "name": spec.name,
             "task": spec.task,
-            "n_train": len(job.data.train),
-            "n_val": len(job.data.val),
-            "n_test": len(job.data.test),
+            "n_train": len(learner.data.train),
+            "n_val": len(learner.data.val),
+            "n_test": len(learner.data.test),
             "digest": spec.digest,
         },
-        "model": {"name": job.config.model.name, "num_params": num_params(job.model)},
+        "model": {"name": learner.config.model.name, "num_params": num_params(learner.model)},
         "best": None if best is None else dataclasses.asdict(best),
         "val": None,
         "test": None,
@@ -200,19 +200,20 @@ def _result(run: Run, status: str) -> dict[str, Any]:
     }
 
 
-def _learned_line(job: Job, model: nn.Module) -> dict[str, Any]:
-    if not isinstance(job.config.model, LinearModelConfig) or job.config.task != "regression":
+def _learned_line(learner: Learner, model: nn.Module) -> dict[str, Any]:
+    config = learner.config
+    if not isinstance(config.model, LinearModelConfig) or config.task != "regression":
         return {}
     weight, bias = model.state_dict().values()
     return {"weight": weight.tolist(), "bias": bias.tolist()}
 
 
 def _banner(run: Run) -> None:
-    job, console = run.job, run.console
-    config, data = job.config, job.data
+    learner, console = run.learner, run.console
+    config, data = learner.config, learner.data
     count = torch.get_num_threads()
-    threads = f", {count} thread{'s' if count > 1 else ''}" if job.device.type == "cpu" else ""
-    console.detail(f"model    {config.model.name}, {num_params(job.model):,} parameters")
+    threads = f", {count} thread{'s' if count > 1 else ''}" if learner.device.type == "cpu" else ""
+    console.detail(f"model    {config.model.name}, {num_params(learner.model):,} parameters")
     console.detail(
         f"data     {data.spec.name}: {len(data.train):,} to train, {len(data.val):,} to validate,"
         f" {len(data.test):,} to test"
@@ -223,7 +224,7 @@ def _banner(run: Run) -> None:
     )
     selects = f"by {config.monitored}" if len(data.val) else "nothing, the last epoch is the result"
     console.detail(f"select   {selects}")
-    console.detail(f"device   {job.device}{threads}, {config.precision}")
+    console.detail(f"device   {learner.device}{threads}, {config.precision}")
     console.detail(f"run      {run.folder.path}")
 
 
@@ -246,7 +247,7 @@ def show(run: Run, result: dict[str, Any], reason: str) -> None:
     if "accuracy" in result["test"]:
         low, high = result["test"]["accuracy_ci95"]
         console.detail(f"test accuracy lies between {low:.2%} and {high:.2%} (95%)")
-    words = [f"checkpoint={run.folder.path}", *plugin_words(run.job.config.plugin)]
+    words = [f"checkpoint={run.folder.path}", *plugin_words(run.learner.config.plugin)]
     checkpoint = shlex.join(words)
     console.detail(f"next     mnist-cli eval {checkpoint}")
     console.detail(f"         mnist-cli export {checkpoint} format=onnx")

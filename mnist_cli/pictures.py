@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import stat
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageOps, ImageStat, UnidentifiedImageError
 from torch import Tensor
 
-from mnist_cli import runtime
+from mnist_cli import regular_file, runtime
 from mnist_cli.dataset import DatasetSpec
 from mnist_cli.errors import DataError, one_line
 
@@ -76,14 +74,9 @@ def read(path: str) -> bytes:
         DataError: it is missing, no regular file, or larger than MAX_FILE_BYTES.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise DataError("is not a regular file", HINT)
-            return file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:  # the latter: a path with a zero byte
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"can't be read: {reason}", HINT) from error
+        return regular_file.read(path, MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"can't be read: {error.strerror}", HINT) from error
 
 
 def decode(data: bytes) -> Image.Image:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_cli import durable, strict_json
+from mnist_cli import durable, regular_file, strict_json
 from mnist_cli.config import TrainConfig, config_hash, to_plain
 from mnist_cli.console import Console
 from mnist_cli.errors import UsageError
@@ -127,10 +127,7 @@ class RunFolder:
         The file may come from anybody: no more than its first 16 MiB are read.
         """
         try:
-            if not self.metrics.is_file():  # opening a pipe would wait for its writer
-                return []
-            with open(self.metrics, "rb") as file:
-                text = file.read(MAX_METRICS_BYTES).decode(errors="replace")
+            text = regular_file.read(self.metrics, MAX_METRICS_BYTES).decode(errors="replace")
             rows = list(csv.DictReader(io.StringIO(text)))
         except (OSError, csv.Error):
             return []

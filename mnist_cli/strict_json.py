@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mnist_cli import regular_file
+
 
 def read(path: Path, most_bytes: int) -> dict[str, Any]:
     """The JSON object in a file of at most `most_bytes`.
@@ -14,10 +16,7 @@ def read(path: Path, most_bytes: int) -> dict[str, Any]:
         OSError: it can't be read.
         ValueError: it is something else.
     """
-    if not path.is_file():  # opening a pipe would wait for its writer
-        raise ValueError("it is not there" if not path.exists() else "it is not a file")
-    with open(path, "rb") as file:
-        data = file.read(most_bytes + 1)
+    data = regular_file.read(path, most_bytes + 1)
     if len(data) > most_bytes:
         raise ValueError(f"it is larger than {most_bytes} bytes")
     return parse(data)

@@ -21,7 +21,7 @@ from mnist_cli.config import TrainConfig, config_hash
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, Normalise
 from mnist_cli.errors import DataError, UsageError
-from mnist_cli.job import Job
+from mnist_cli.learner import Learner
 from mnist_cli.logger import Loggers
 from mnist_cli.loop import ShouldStop, fit, is_out_of_patience, is_over, never, timed
 from mnist_cli.loss import Loss, build_loss, build_loss_gradient
@@ -85,9 +85,9 @@ def run(
         loggers = held.enter_context(Loggers(console))
         with outcome.recorded(found):
             outcome.begin(found)
-            loggers.start(found.job.config, found.folder)
-            with cuda_graph.replaying(found.job, console):
-                reason = fit(found.job, found.folder, console, watch, loggers.log, should_stop)
+            loggers.start(found.learner.config, found.folder)
+            with cuda_graph.replaying(found.learner, console):
+                reason = fit(found.learner, found.folder, console, watch, loggers.log, should_stop)
             finished = outcome.conclude(found, watch)
         outcome.show(found, finished.result, reason)
         loggers.finish(finished)
@@ -122,9 +122,9 @@ def opened(
     old_folder = resume.folder_of(config)
     if old_folder is None:
         logger.require(config.logger)
-        job = prepare(config, None, started_s, load)
+        learner = prepare(config, None, started_s, load)
         with runs.create(config.out, RUNS, config.resume == "auto") as folder, folder.log(console):
-            yield Run(job, folder, console, started_s)
+            yield Run(learner, folder, console, started_s)
         return
     with runs.reopen(old_folder) as folder:
         config, before = resume.load(folder, config, typed, console)
@@ -134,28 +134,28 @@ def opened(
             yield result
             return
         logger.require(config.logger)
-        job = prepare(config, before, started_s, load)
-        if job.data.spec != before.spec:
+        learner = prepare(config, before, started_s, load)
+        if learner.data.spec != before.spec:
             raise DataError(
                 f"the {before.spec.name} data here is not what the run was trained on"
-                f" (digest {job.data.spec.digest[:12]} instead of {before.spec.digest[:12]})",
+                f" (digest {learner.data.spec.digest[:12]} instead of {before.spec.digest[:12]})",
                 "name the folder with the run's data: dataset.root=DIR",
             )
-        _refuse_to_rewrite(before, job)
+        _refuse_to_rewrite(before, learner)
         with folder.log(console):
-            for difference in runtime.Host.of(job.device).differences(before.host):
+            for difference in runtime.Host.of(learner.device).differences(before.host):
                 console.warn(difference)
             console.say(f"resuming at step {before.progress.step}")
-            num_epochs = before.progress.step // job.steps_per_epoch
+            num_epochs = before.progress.step // learner.steps_per_epoch
             if (num_rows := folder.keep_metrics_until(num_epochs)) < num_epochs:
                 console.warn(f"{folder.metrics} has {num_rows} of the {num_epochs} epochs so far")
-            earlier = _times_before(job, runs.times_of(result))
-            yield Run(job, folder, console, started_s, earlier)
+            earlier = _times_before(learner, runs.times_of(result))
+            yield Run(learner, folder, console, started_s, earlier)
 
 
-def _refuse_to_rewrite(before: Checkpoint, job: Job) -> None:
-    """Raises UsageError where `job` would tell of training that never was."""
-    config, per_epoch, step = job.config, job.steps_per_epoch, before.progress.step
+def _refuse_to_rewrite(before: Checkpoint, learner: Learner) -> None:
+    """Raises UsageError where `learner` would tell of training that never was."""
+    config, per_epoch, step = learner.config, learner.steps_per_epoch, before.progress.step
     done = step // per_epoch
     if step > config.epochs * per_epoch:
         raise UsageError(
@@ -165,9 +165,9 @@ def _refuse_to_rewrite(before: Checkpoint, job: Job) -> None:
     patience = before.config.early_stop.patience
     was_stopped = patience is not None and before.progress.stale_epochs >= patience
     was_over = was_stopped or step == before.config.epochs * per_epoch
-    if was_over and is_over(job) and config_hash(config) != config_hash(before.config):
+    if was_over and is_over(learner) and config_hash(config) != config_hash(before.config):
         hint = "start a new run"
-        if is_out_of_patience(job):
+        if is_out_of_patience(learner):
             hint += ", or type early_stop.patience=null resume_allow=[early_stop]"
         elif schedule.may_extend(config.schedule):
             hint += f", or type epochs={done + 1} or more"
@@ -182,7 +182,7 @@ def prepare(
     before: Checkpoint | None,
     started_s: float,
     load: LoadData = load_data,
-) -> Job:
+) -> Learner:
     """Device, data, model, loss and optimizer; as they stood at the checkpoint `before`, if any."""
     times = {"startup_s": time.monotonic() - started_s}
     device = runtime.resolve_device(config.device, config.precision)
@@ -201,7 +201,7 @@ def prepare(
         if scale is not None:
             state = {"scale": scale, "_growth_tracker": steps}
             scaler.load_state_dict(scaler.state_dict() | state)
-    job = Job(
+    learner = Learner(
         config=config,
         device=device,
         data=data,
@@ -215,8 +215,8 @@ def prepare(
         progress=Progress() if before is None else before.progress,
         times=times | {"eval_s": 0.0},
     )
-    _try_plugins(job)
-    return job
+    _try_plugins(learner)
+    return learner
 
 
 def _backprop(
@@ -232,28 +232,29 @@ def _backprop(
     return Backprop(cast("Linear | Mlp", model), build_loss_gradient(config.loss, loss))
 
 
-def _times_before(job: Job, told: dict[str, float]) -> dict[str, float]:
+def _times_before(learner: Learner, told: dict[str, float]) -> dict[str, float]:
     """What the sessions before took, by the times `told` that the last of them left.
 
     Of one that was killed, only the training is known, by its last checkpoint.
     """
-    trained_s = job.progress.train_s + job.progress.epoch_s
+    trained_s = learner.progress.train_s + learner.progress.epoch_s
     untold_s = max(0.0, trained_s - told.get("train_s", 0.0))
     return told | {"total_s": told.get("total_s", 0.0) + untold_s}
 
 
-def _try_plugins(job: Job) -> None:
+def _try_plugins(learner: Learner) -> None:
     """Let what plugins brought see a batch, so that it fails before anything is written.
 
     Raises:
         UsageError: it fails, or the model gives outputs of another shape.
     """
-    config, train = job.config, job.data.train
+    config, train = learner.config, learner.data.train
     targets = train.targets[: config.batch_size]
-    outputs = torch.zeros(len(targets), job.data.spec.num_outputs, device=job.device)
+    outputs = torch.zeros(len(targets), learner.data.spec.num_outputs, device=learner.device)
     if isinstance(config.model, PluginModelConfig):
         with code_of_plugin(config.model, "answer with"), torch.no_grad():
-            shape = tuple(job.model.eval()(job.normalise(train.inputs[: config.batch_size])).shape)
+            inputs = learner.normalise(train.inputs[: config.batch_size])
+            shape = tuple(learner.model.eval()(inputs).shape)
         if shape != tuple(outputs.shape):
             raise UsageError(
                 f"model={config.model.name} gives outputs of shape {shape} for {len(targets)}"
@@ -262,7 +263,7 @@ def _try_plugins(job: Job) -> None:
             )
     if isinstance(config.loss, PluginLossConfig):
         with code_of_plugin(config.loss, "compute"):
-            job.loss(outputs, targets).item()
-    if isinstance(config.schedule, PluginScheduleConfig) and not is_over(job):
+            learner.loss(outputs, targets).item()
+    if isinstance(config.schedule, PluginScheduleConfig) and not is_over(learner):
         with code_of_plugin(config.schedule, "compute"):
-            lr_of(job, job.progress.step)
+            lr_of(learner, learner.progress.step)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from mnist_cli import checkpoint, compose, cuda_graph, line, loop, runtime, train, train_step
 from mnist_cli.cuda_graph import CAPTURABLE, WARM_UP_STEPS, StepGraph
 from mnist_cli.dataset import Dataset, Split
-from mnist_cli.job import Job
+from mnist_cli.learner import Learner
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
 
@@ -53,24 +53,24 @@ class StandIn:
         return replay
 
 
-def job_of(*words: str) -> Job:
+def learner_of(*words: str) -> Learner:
     typed = line.parse_line(["train", *words])
     with compose.initialized(typed):
         config = compose.checked(typed, compose.compose(typed, typed.overrides))
     return train.prepare(config, None, time.monotonic())
 
 
-def batches_of(job: Job, epoch: int = 0) -> list[torch.Tensor]:
-    order = runtime.permutation(job.config.seed, epoch, len(job.data.train))
-    return list(order.split(job.config.batch_size * job.config.grad_accum))
+def batches_of(learner: Learner, epoch: int = 0) -> list[torch.Tensor]:
+    order = runtime.permutation(learner.config.seed, epoch, len(learner.data.train))
+    return list(order.split(learner.config.batch_size * learner.config.grad_accum))
 
 
-def tensors_of(job: Job) -> dict[str, torch.Tensor]:
-    found = job.checkpoint()
+def tensors_of(learner: Learner) -> dict[str, torch.Tensor]:
+    found = learner.checkpoint()
     return found.model | {f"optim.{name}": tensor for name, tensor in found.optim.items()}
 
 
-def assert_equal(a: Job, b: Job) -> None:
+def assert_equal(a: Learner, b: Learner) -> None:
     ours, theirs = tensors_of(a), tensors_of(b)
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -103,7 +103,7 @@ def test_law_replayed_steps_are_steps(
 ) -> None:
     """However many are replayed at once, weights, state and losses are those of steps alone."""
     typed = (*TINY, f"optim={optim}", f"batch_size={batch_size}", *words)
-    alone, replayed = job_of(*typed), job_of(*typed)
+    alone, replayed = learner_of(*typed), learner_of(*typed)
     stream = StandIn()
     replayed.replay = StepGraph(replayed, stream)
     step, batches = 0, batches_of(alone)
@@ -124,7 +124,7 @@ def test_law_replayed_steps_are_steps(
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let cuda_graph=true replay on the CPU."""
-    monkeypatch.setattr(cuda_graph, "obstacle", lambda job: None)
+    monkeypatch.setattr(cuda_graph, "obstacle", lambda learner: None)
     monkeypatch.setattr(cuda_graph, "CaptureStream", StandIn)
 
 
@@ -153,9 +153,9 @@ def test_a_replaying_run_saves_where_it_was_asked_to(
     saved: list[int] = []
     real = loop.save
 
-    def save(job: Job, path: Path) -> None:
-        saved.append(job.progress.step)
-        real(job, path)
+    def save(learner: Learner, path: Path) -> None:
+        saved.append(learner.progress.step)
+        real(learner, path)
 
     monkeypatch.setattr(loop, "save", save)
     words = ("cuda_graph=true", "save_every=7", "epochs=2", f"out={tmp_path / 'run'}")
@@ -173,10 +173,10 @@ def test_a_replaying_run_resumes_exactly(
     assert trained("cuda_graph=true", f"out={tmp_path / 'whole'}").code == 0
     real = loop.take_steps
 
-    def take_steps(job: Job, batches: Sequence[torch.Tensor], first: int) -> list[float]:
+    def take_steps(learner: Learner, batches: Sequence[torch.Tensor], first: int) -> list[float]:
         if first >= step:
             raise RuntimeError("cut off")
-        return real(job, batches, first)
+        return real(learner, batches, first)
 
     out = tmp_path / "cut"
     with monkeypatch.context() as patch:
@@ -197,7 +197,9 @@ def test_a_replaying_run_names_the_step_that_diverged(
     """It was seen steps later, and no checkpoint holds what came of it."""
     real = cuda_graph.lr_of
     monkeypatch.setattr(
-        cuda_graph, "lr_of", lambda job, number: 1e30 if number == step - 1 else real(job, number)
+        cuda_graph,
+        "lr_of",
+        lambda learner, number: 1e30 if number == step - 1 else real(learner, number),
     )
     ended = trained("cuda_graph=true", "optim=sgd", f"out={tmp_path / 'run'}")
     assert ended.code == 5
@@ -217,9 +219,9 @@ def test_a_replaying_run_names_the_step_that_diverged(
 def test_why_steps_are_not_replayed(
     device: str, words: tuple[str, ...], reason: str | None
 ) -> None:
-    job = job_of(*TINY, *words)
-    job.device = torch.device(device)
-    assert cuda_graph.obstacle(job) == reason
+    learner = learner_of(*TINY, *words)
+    learner.device = torch.device(device)
+    assert cuda_graph.obstacle(learner) == reason
 
 
 def test_a_run_says_that_it_does_not_replay(tmp_path: Path) -> None:
@@ -237,18 +239,19 @@ def test_gradients_stay_on_the_device(model: str, loss: str) -> None:
     """On `meta` no number can be read back, and no batch on the CPU takes part, as in a graph."""
     smoothing = () if loss == "mse" else ("loss.label_smoothing=0.1",)
     words = ("dataset=digits", f"model={model}", f"loss={loss}", *smoothing, "grad_accum=2")
-    job = job_of(*words)
-    job.device = torch.device("meta")
-    job.data = Dataset(
-        job.data.spec, *(to_meta(s) for s in (job.data.train, job.data.val, job.data.test))
+    learner = learner_of(*words)
+    learner.device = torch.device("meta")
+    learner.data = Dataset(
+        learner.data.spec,
+        *(to_meta(s) for s in (learner.data.train, learner.data.val, learner.data.test)),
     )
-    job.normalise.to("meta")
-    job.model.to("meta")
+    learner.normalise.to("meta")
+    learner.model.to("meta")
     indices = torch.empty(100, dtype=torch.int64, device="meta")
-    parts = train_step.compute_gradients(job, indices)
+    parts = train_step.compute_gradients(learner, indices)
     assert [(part.shape, part.device.type) for part in parts] == [(torch.Size(), "meta")] * 2
-    assert all(parameter.grad is not None for parameter in job.parameters)
-    torch.nn.utils.clip_grad_norm_(job.parameters, 1.0)
+    assert all(parameter.grad is not None for parameter in learner.parameters)
+    torch.nn.utils.clip_grad_norm_(learner.parameters, 1.0)
 
 
 def to_meta(split: Split) -> Split:
@@ -319,10 +322,10 @@ def test_a_graph_resumes_exactly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert here(*words, f"out={tmp_path / 'whole'}").code == 0
     real, out = loop.take_steps, tmp_path / "cut"
 
-    def take_steps(job: Job, batches: Sequence[torch.Tensor], first: int) -> list[float]:
+    def take_steps(learner: Learner, batches: Sequence[torch.Tensor], first: int) -> list[float]:
         if first >= 28:
             raise RuntimeError("cut off")
-        return real(job, batches, first)
+        return real(learner, batches, first)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "take_steps", take_steps)
@@ -341,9 +344,9 @@ from mnist_cli import cli, cuda_graph
 update_weights = cuda_graph.update_weights
 
 
-def waiting(job):
-    next(iter(job.parameters)).sum().item()
-    update_weights(job)
+def waiting(learner):
+    next(iter(learner.parameters)).sum().item()
+    update_weights(learner)
 
 
 cuda_graph.update_weights = waiting

@@ -33,7 +33,7 @@ from faults import (
 
 from mnist_cli import checkpoint, conf, cpu, loop, outcome, runtime, train, train_step
 from mnist_cli.console import Console
-from mnist_cli.job import Job
+from mnist_cli.learner import Learner
 from mnist_cli.run import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,11 +67,13 @@ class Stops:
         assert (ended.code, ended.stderr) == (0, "")
         self.outcome = outcome_of(self.folder)
 
-    def _noting_save(self, real: Callable[[Job, Path], None]) -> Callable[[Job, Path], None]:
-        def save(job: Job, path: Path) -> None:
-            real(job, path)
+    def _noting_save(
+        self, real: Callable[[Learner, Path], None]
+    ) -> Callable[[Learner, Path], None]:
+        def save(learner: Learner, path: Path) -> None:
+            real(learner, path)
             if path.name == "last.safetensors":
-                target = self._snapshots / str(job.progress.step)
+                target = self._snapshots / str(learner.progress.step)
                 shutil.copytree(self.folder, target, dirs_exist_ok=True)
 
         return save
@@ -97,12 +99,12 @@ class Stops:
         return lrs
 
 
-def noting_lr(lrs: dict[int, float]) -> Callable[[Job, int], None]:
+def noting_lr(lrs: dict[int, float]) -> Callable[[Learner, int], None]:
     real = train_step.set_lr
 
-    def set_lr(job: Job, step: int) -> None:
-        real(job, step)
-        [group] = job.optimizer.param_groups
+    def set_lr(learner: Learner, step: int) -> None:
+        real(learner, step)
+        [group] = learner.optimizer.param_groups
         lrs[step] = group["lr"]
 
     return set_lr
@@ -664,10 +666,10 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
     folder, steps = tmp_path / "run", itertools.count(1)
     real = train_step.update_weights
 
-    def update_weights(job: Job) -> None:
+    def update_weights(learner: Learner) -> None:
         if next(steps) == 35:
-            gradient_of(job.parameters[0]).mul_(number)
-        real(job)
+            gradient_of(learner.parameters[0]).mul_(number)
+        real(learner)
 
     monkeypatch.setattr(train_step, "update_weights", update_weights)
     ended = here(*TRAIN, f"out={folder}", "--quiet")
@@ -692,11 +694,11 @@ def test_gradients_too_large_to_square_never_spoil_a_checkpoint(
     folder, steps = tmp_path / "run", itertools.count(1)
     real = train_step.update_weights
 
-    def update_weights(job: Job) -> None:
+    def update_weights(learner: Learner) -> None:
         if next(steps) >= 35:
-            for parameter in job.parameters:
+            for parameter in learner.parameters:
                 gradient_of(parameter).mul_(1e25)
-        real(job)
+        real(learner)
 
     monkeypatch.setattr(train_step, "update_weights", update_weights)
     ended = here(*TRAIN, f"optim={optim}", f"out={folder}", "--quiet")
@@ -734,10 +736,10 @@ def test_a_crash_between_best_and_last_goes_on_from_best(
     """Which is newer; from `last` the epoch would be trained again, and might not be the best."""
     folder, real = tmp_path / "run", loop.save
 
-    def save(job: Job, path: Path) -> None:
-        if path.name == "last.safetensors" and job.progress.step == 40:
+    def save(learner: Learner, path: Path) -> None:
+        if path.name == "last.safetensors" and learner.progress.step == 40:
             raise KeyboardInterrupt
-        real(job, path)
+        real(learner, path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "save", save)
@@ -822,10 +824,10 @@ def test_too_little_gpu_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
     """What CUDA raises, at a step; there is no GPU here to fill."""
     real = train_step.take_step
 
-    def take_step(job: Job, indices: torch.Tensor, step: int) -> float:
+    def take_step(learner: Learner, indices: torch.Tensor, step: int) -> float:
         if step == 34:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(job, indices, step)
+        return real(learner, indices, step)
 
     monkeypatch.setattr(train_step, "take_step", take_step)
     folder = tmp_path / "run"
@@ -855,10 +857,12 @@ def test_float16_goes_on_with_the_scale_of_its_loss(
     assert here(*words, f"out={whole}").code == 0
     for last_step in (2, 24):
 
-        def take_step(job: Job, indices: torch.Tensor, step: int, last: int = last_step) -> float:
+        def take_step(
+            learner: Learner, indices: torch.Tensor, step: int, last: int = last_step
+        ) -> float:
             if step == last:
                 raise KeyboardInterrupt
-            return stop(job, indices, step)
+            return stop(learner, indices, step)
 
         folder = tmp_path / str(last_step)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -897,10 +901,10 @@ def test_bfloat16_goes_on_exactly_on_a_cpu_that_is_quick_with_it(
 
     real = train_step.take_step
 
-    def take_step(job: Job, indices: torch.Tensor, step: int) -> float:
+    def take_step(learner: Learner, indices: torch.Tensor, step: int) -> float:
         if step == 30:
             raise KeyboardInterrupt
-        return real(job, indices, step)
+        return real(learner, indices, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_step, "take_step", take_step)

@@ -157,10 +157,10 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "completion": {"line"},
     },
     "commands": {
-        "train": {"job", "train_step", "loop", "cuda_graph", "outcome", "logger"}, "job": set(),
-        "train_step": {"job"}, "loop": {"job", "train_step"}, "cuda_graph": {"job", "train_step"},
-        "stacked": {"job", "train_step", "loop"},
-        "outcome": {"job", "train_step", "loop", "logger"}, "logger": {"export"},
+        "train": {"learner", "train_step", "loop", "cuda_graph", "outcome", "logger"},
+        "learner": set(), "train_step": {"learner"}, "loop": {"learner", "train_step"},
+        "cuda_graph": {"learner", "train_step"}, "stacked": {"learner", "train_step", "loop"},
+        "outcome": {"learner", "train_step", "loop", "logger"}, "logger": {"export"},
         "evaluate": {"trained"}, "export": {"onnx_file"}, "onnx_file": set(),
         "trained": {"onnx_file"}, "predict": {"trained"}, "demo": {"trained"},
         "sweep": {"train", "outcome", "loop", "stacked"}, "report": {"sweep"},
@@ -179,8 +179,8 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "options": {"errors", "typed"}, "plugin_code": {"errors", "options"},
         "console": {"errors"}, "runtime": {"cpu", "errors"},
         "profiler": {"console", "durable", "errors", "runtime"},
-        "signals": {"errors"}, "strict_json": set(), "seal": set(), "typed": {"errors"},
-        "durable": {"errors"},
+        "signals": {"errors"}, "strict_json": {"regular_file"}, "regular_file": set(),
+        "seal": set(), "typed": {"errors"}, "durable": {"errors"},
     },
 }  # fmt: skip
 ORDER = list(LAYERS)
@@ -188,7 +188,7 @@ LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 HYDRA = ("compose", "explain", "hydra_main", "multirun")
 TORCH_FREE = (
     *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "options", "typed",
-    "errors", "formats", "cpu", "imports", "console", "signals",
+    "errors", "formats", "cpu", "imports", "console", "signals", "regular_file", "strict_json",
     "sweep/__init__", "sweep/job", "sweep/pool", "sweep/board", "sweep/display",
     "sweep/leaderboard", "sweep/search", "sweep/space", "sweep/study", "sweep/group",
     "logger/__init__", "logger/wandb",

@@ -23,7 +23,7 @@ from torch import Tensor
 from mnist_cli import checkpoint, compose, loop, runtime, train
 from mnist_cli.config import TrainConfig, train_config
 from mnist_cli.errors import DivergedError
-from mnist_cli.job import Job
+from mnist_cli.learner import Learner
 from mnist_cli.line import parse_line
 from mnist_cli.loss import build_loss
 from mnist_cli.model.linear import Linear
@@ -277,28 +277,28 @@ def test_what_keeps_a_run_alone_is_named(word: str, reason: str) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
-def job_of(*words: str) -> Job:
+def learner_of(*words: str) -> Learner:
     return train.prepare(config_of(*words), None, time.monotonic())
 
 
-def finish(jobs: Sequence[Job], signals: SignalWatch | None = None) -> list[Member]:
+def finish(learners: Sequence[Learner], signals: SignalWatch | None = None) -> list[Member]:
     """Train to the end; every member of every round, in order."""
     seen = []
-    for members in rounds(jobs, signals or SignalWatch()):
+    for members in rounds(learners, signals or SignalWatch()):
         for member in members:
             if member.row:
-                loop.select(member.job, member.row["epoch"], member.row)
+                loop.select(member.learner, member.row["epoch"], member.row)
             seen.append(dataclasses.replace(member))
     return seen
 
 
-def rows_of(seen: Sequence[Member], job: Job) -> list[dict[str, Any]]:
-    return [member.row for member in seen if member.job is job and member.row]
+def rows_of(seen: Sequence[Member], learner: Learner) -> list[dict[str, Any]]:
+    return [member.row for member in seen if member.learner is learner and member.row]
 
 
-def assert_same_run(job: Job, rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """`job` did what the run in `folder` did."""
-    now, alone = job.checkpoint(), checkpoint.load(folder / "last.safetensors")
+def assert_same_run(learner: Learner, rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """`learner` did what the run in `folder` did."""
+    now, alone = learner.checkpoint(), checkpoint.load(folder / "last.safetensors")
     torch.testing.assert_close(now.model, alone.model, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(now.optim, alone.optim, rtol=1e-3, atol=1e-4)
     with open(folder / "metrics.csv") as file:
@@ -316,19 +316,21 @@ def assert_same_run(job: Job, rows: Sequence[dict[str, Any]], folder: Path) -> N
 
 def check(trained: Run, shared: Sequence[str], own: Sequence[Sequence[str]]) -> None:
     """Train `own` together and each alone."""
-    jobs = [job_of(*shared, *words) for words in own]
-    assert len(groups([job.config for job in jobs])) == 1
-    seen = finish(jobs)
-    for job, words in zip(jobs, own, strict=True):
-        assert_same_run(job, rows_of(seen, job), trained(*shared, *words))
+    learners = [learner_of(*shared, *words) for words in own]
+    assert len(groups([learner.config for learner in learners])) == 1
+    seen = finish(learners)
+    for learner, words in zip(learners, own, strict=True):
+        assert_same_run(learner, rows_of(seen, learner), trained(*shared, *words))
 
 
 def test_a_step_loads_nothing_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch imports these where a step asks for it, a third of a second each and more."""
-    jobs = [job_of("model=mlp", "dataset=digits", "epochs=1", f"seed={seed}") for seed in range(2)]
+    learners = [
+        learner_of("model=mlp", "dataset=digits", "epochs=1", f"seed={seed}") for seed in range(2)
+    ]
     for name in ("torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert len(finish(jobs)) == 2
+    assert len(finish(learners)) == 2
 
 
 @pytest.mark.parametrize(
@@ -365,19 +367,21 @@ def test_a_regression_trains_as_alone(trained: Run) -> None:
 
 
 def test_without_a_validation_split(trained: Run) -> None:
-    jobs = [job_of(*LINEAR, "dataset.val_fraction=0", f"optim.lr={lr}") for lr in (0.001, 0.01)]
-    seen = finish(jobs)
-    for job in jobs:
-        assert [row["val_loss"] for row in rows_of(seen, job)] == [None] * 5
-        assert job.progress.best is not None and job.progress.best.epoch == 5
+    learners = [
+        learner_of(*LINEAR, "dataset.val_fraction=0", f"optim.lr={lr}") for lr in (0.001, 0.01)
+    ]
+    seen = finish(learners)
+    for learner in learners:
+        assert [row["val_loss"] for row in rows_of(seen, learner)] == [None] * 5
+        assert learner.progress.best is not None and learner.progress.best.epoch == 5
 
 
 def test_a_run_that_diverges_leaves_the_others_alone(trained: Run, mnist_cli: Program) -> None:
     shared = (*LINEAR, "optim=sgd", "loss=mse")
-    lost, well = job_of(*shared, "optim.lr=1e5"), job_of(*shared, "optim.lr=0.01")
+    lost, well = learner_of(*shared, "optim.lr=1e5"), learner_of(*shared, "optim.lr=0.01")
     seen = finish([lost, well])
     assert_same_run(well, rows_of(seen, well), trained(*shared, "optim.lr=0.01"))
-    errors = [member.error for member in seen if member.job is lost]
+    errors = [member.error for member in seen if member.learner is lost]
     outcome = mnist_cli("train", *shared, "optim.lr=1e5")
     assert outcome.code == DivergedError.exit_code
     assert [str(error) for error in errors] == [outcome.error]
@@ -385,8 +389,8 @@ def test_a_run_that_diverges_leaves_the_others_alone(trained: Run, mnist_cli: Pr
 
 
 def test_all_may_diverge() -> None:
-    jobs = [job_of(*LINEAR, "optim=sgd", "loss=mse", f"optim.lr=1e{e}") for e in (5, 6)]
-    seen = finish(jobs)
+    learners = [learner_of(*LINEAR, "optim=sgd", "loss=mse", f"optim.lr=1e{e}") for e in (5, 6)]
+    seen = finish(learners)
     assert len(seen) == 2 and all(member.error and not member.row for member in seen)
 
 
@@ -399,12 +403,12 @@ def test_each_stops_on_its_own(trained: Run) -> None:
 
 
 def test_the_caller_takes_a_member_out() -> None:
-    jobs = [job_of(*LINEAR, f"seed={seed}") for seed in range(2)]
+    learners = [learner_of(*LINEAR, f"seed={seed}") for seed in range(2)]
     steps = []
-    for members in rounds(jobs, SignalWatch()):
-        steps.append([member.job.progress.step for member in members])
-        members[0].is_over = members[0].job is jobs[0]
-    per_epoch = jobs[0].steps_per_epoch
+    for members in rounds(learners, SignalWatch()):
+        steps.append([member.learner.progress.step for member in members])
+        members[0].is_over = members[0].learner is learners[0]
+    per_epoch = learners[0].steps_per_epoch
     assert steps == [[per_epoch] * 2, *([per_epoch * epoch] for epoch in range(2, 6))]
 
 
@@ -422,29 +426,31 @@ class AfterSteps(SignalWatch):
 
 def test_after_a_signal_each_goes_on_alone_or_together(tmp_path: Path, mnist_cli: Program) -> None:
     own = [("optim.lr=0.01",), ("optim.lr=0.003", "seed=1")]
-    whole = [job_of(*MLP, *words) for words in own]
+    whole = [learner_of(*MLP, *words) for words in own]
     finish(whole)
-    halves = [job_of(*MLP, *words) for words in own]
+    halves = [learner_of(*MLP, *words) for words in own]
     last = finish(halves, AfterSteps(40))[-2:]
     assert [member.row for member in last] == [{}, {}]
-    assert {job.progress.step for job in halves} == {39}
+    assert {learner.progress.step for learner in halves} == {39}
     resumed = []
-    for number, job in enumerate(halves):
+    for number, learner in enumerate(halves):
         path = tmp_path / f"{number}.safetensors"
-        loop.save(job, path)
+        loop.save(learner, path)
         before = checkpoint.load(path)
         resumed.append(train.prepare(before.config, before, time.monotonic()))
         folder = tmp_path / str(number)
         folder.mkdir()
-        loop.save(job, folder / "last.safetensors")
+        loop.save(learner, folder / "last.safetensors")
         assert before.progress.best is not None
         selected = dataclasses.replace(before.progress, step=before.progress.best.step)
         best = dataclasses.replace(before, progress=selected)
         checkpoint.save(folder / "best.safetensors", best)
     finish(resumed)
-    for number, (job, other) in enumerate(zip(whole, resumed, strict=True)):
-        torch.testing.assert_close(dict(other.model.state_dict()), dict(job.model.state_dict()))
+    for number, (learner, other) in enumerate(zip(whole, resumed, strict=True)):
+        torch.testing.assert_close(dict(other.model.state_dict()), dict(learner.model.state_dict()))
         outcome = mnist_cli("train", f"resume={tmp_path / str(number)}", "--quiet")
         assert outcome == (0, "", "")
         alone = checkpoint.load(tmp_path / str(number) / "last.safetensors")
-        torch.testing.assert_close(alone.model, dict(job.model.state_dict()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            alone.model, dict(learner.model.state_dict()), rtol=1e-4, atol=1e-4
+        )

@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from mnist_cli import regular_file
 from mnist_cli.dataset.decode import read_part
-from mnist_cli.dataset.files import GZIP_SLACK_BYTES, FilesError, open_regular, shown_path
+from mnist_cli.dataset.files import GZIP_SLACK_BYTES, FilesError, shown_path
 from mnist_cli.dataset.sources import Archive, Part, Source
 from mnist_cli.dataset.transfer import (
     CHUNK_BYTES,
@@ -131,7 +132,7 @@ def published_md5(source: Source) -> dict[str, str]:
 
 
 def _check_md5(path: Path, expected: str) -> None:
-    with open_regular(path) as file:
+    with regular_file.opened(path) as file:
         found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != expected:
         raise TransferError(f"{path.name}: expected md5 {expected}, found {found}", final=True)

@@ -1,4 +1,4 @@
-"""Reading a data file that may be anything: missing, a pipe, endless, cut, packed to burst.
+"""Reading a data file that may be anything: missing, endless, cut, packed to burst.
 
 Owns the bounded read, the bounded gunzip, and the wording of what is wrong with a data file.
 """
@@ -6,14 +6,13 @@ Owns the bounded read, the bounded gunzip, and the wording of what is wrong with
 from __future__ import annotations
 
 import os
-import stat
 import zlib
-from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mnist_cli import regular_file
 from mnist_cli.errors import DataError, one_line
 
 Content = NDArray[np.uint8]  # the bytes of a file, (N,)
@@ -52,12 +51,12 @@ def read(path: Path, limit: int) -> Content:
         The content, cut after `limit + 1` bytes, so that the caller sees that there is more.
 
     Raises:
-        DataError: the file can't be opened or read, isn't a regular file, or is no intact gzip.
+        DataError: the file can't be read, isn't a regular file, or is no intact gzip.
     """
     packed = path.suffix == ".gz"
     most = limit + GZIP_SLACK_BYTES if packed else limit + 1
     try:
-        with open_regular(path) as file:
+        with regular_file.opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             if packed and size > most:
                 raise damaged(path, f"at most {most} bytes", f"{size} bytes")
@@ -86,18 +85,3 @@ def gunzip(packed: Content, limit: int, path: Path) -> Content:
     if stream.unused_data:
         raise damaged(path, "one gzip member", f"{len(stream.unused_data)} more bytes behind it")
     return content
-
-
-def open_regular(path: Path) -> BufferedReader:
-    """Open for reading; never waits, whatever `path` is. Raises DataError or OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        raise damaged(path, "a regular file", f"a {_kind(mode)}")
-    return os.fdopen(descriptor, "rb")
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
-    return kinds.get(stat.S_IFMT(mode), "device")

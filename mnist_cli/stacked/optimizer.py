@@ -1,7 +1,7 @@
-"""The optimizers of `mnist_cli.optim` for many jobs at once, each with constants of its own.
+"""The optimizers of `mnist_cli.optim` for many learners at once, each with constants of its own.
 
 The formulas are torch.optim's, on stacked tensors (K, ...). The state is kept under torch's names
-in each job's own optimizer, as views of the stacked one: there it can be saved from and gone on
+in each learner's own optimizer, as views of the stacked one: there it can be saved from and gone on
 with. On small models this takes a third of the time of one torch.optim optimizer with K parameter
 groups, which itself takes half of that of K optimizers.
 """

@@ -58,7 +58,7 @@ def run(jobs: Sequence[Job], signals: SignalWatch, on_epoch: OnEpoch, on_end: On
 class _Member:
     """A job of the sweep, its run, and what holds the run's folder."""
 
-    of_sweep: Job
+    job: Job
     run: Run
     held: contextlib.ExitStack
 
@@ -69,7 +69,7 @@ def _seed(job: Job) -> int:
 
 
 def _step(member: _Member) -> int:
-    return member.run.job.progress.step
+    return member.run.learner.progress.step
 
 
 def _open(left: list[Job], held: contextlib.ExitStack, on_end: OnEnd) -> list[_Member]:
@@ -83,7 +83,7 @@ def _open(left: list[Job], held: contextlib.ExitStack, on_end: OnEnd) -> list[_M
     members: list[_Member] = []
     while left:
         if members:
-            data, last = members[-1].run.job.data, members[-1].run.job.config
+            data, last = members[-1].run.learner.data, members[-1].run.learner.config
             splits = (data.train, data.val, data.test)
             num_bytes = sum(split.inputs.nbytes + split.targets.nbytes for split in splits)
             num_loaded = load.cache_info().currsize
@@ -104,9 +104,9 @@ def _open(left: list[Job], held: contextlib.ExitStack, on_end: OnEnd) -> list[_M
             on_end(job, found)
     official.cache_clear()
     for name in ("startup_s", "data_s"):
-        shared_s = sum(member.run.job.times[name] for member in members)
+        shared_s = sum(member.run.learner.times[name] for member in members)
         for member in members:
-            member.run.job.times[name] = shared_s / len(members)
+            member.run.learner.times[name] = shared_s / len(members)
     return members
 
 
@@ -131,7 +131,7 @@ class _Stack:
                 )
         self._conclude()
         try:
-            for trained in stacked.rounds([m.run.job for m in self._left], self._signals):
+            for trained in stacked.rounds([m.run.learner for m in self._left], self._signals):
                 self._keep(trained)
                 self._conclude()
                 if self._signals.received:
@@ -143,30 +143,30 @@ class _Stack:
 
     def _keep(self, trained: Sequence[stacked.Member]) -> None:
         """Record and save what was trained, or what went wrong."""
-        of = {id(member.run.job): member for member in self._left}
+        of = {id(member.run.learner): member for member in self._left}
         for each in trained:
-            member, run = of[id(each.job)], of[id(each.job)].run
+            member, run = of[id(each.learner)], of[id(each.learner)].run
             with self._ended_by_failure(member), outcome.recorded(run):
                 if each.error is not None:
                     raise each.error
                 if not each.row:  # cut off in the middle of an epoch
-                    loop.save(run.job, run.folder.last)
+                    loop.save(run.learner, run.folder.last)
                     continue
-                loop.keep(run.job, run.folder, each.row, run.console)
-                value = each.row[run.job.config.monitored]
-                self._on_epoch(member.of_sweep, each.row["epoch"], value)
+                loop.keep(run.learner, run.folder, each.row, run.console)
+                value = each.row[run.learner.config.monitored]
+                self._on_epoch(member.job, each.row["epoch"], value)
             each.is_over = member not in self._left
 
     def _conclude(self) -> None:
         """Test and record those that have no epoch left."""
-        for member in [each for each in self._left if loop.is_over(each.run.job)]:
+        for member in [each for each in self._left if loop.is_over(each.run.learner)]:
             if self._signals.received:
                 return
             result = None
             with self._ended_by_failure(member):
                 try:
                     with outcome.recorded(member.run):
-                        reason = loop.end(member.run.job, member.run.folder)
+                        reason = loop.end(member.run.learner, member.run.folder)
                         result = outcome.conclude(member.run, self._signals).result
                 except Interrupted:
                     return
@@ -181,12 +181,12 @@ class _Stack:
             yield
         except Exception as error:
             member.held.close()
-            self._end(member, failed(error, member.of_sweep))
+            self._end(member, failed(error, member.job))
 
     def _end(self, member: _Member, document: Document) -> None:
         member.held.close()
         self._left.remove(member)
-        self._on_end(member.of_sweep, document)
+        self._on_end(member.job, document)
 
     def _fail(self, error: Exception) -> None:
         """Record a failure of the stack, which is one of all its members."""
@@ -203,9 +203,9 @@ class _Stack:
         for member in list(self._left):
             try:
                 with outcome.recorded(member.run):
-                    loop.stop_if_asked(self._signals, member.run.job, member.run.folder)
+                    loop.stop_if_asked(self._signals, member.run.learner, member.run.folder)
             except Interrupted as error:
-                self._end(member, failure(error, member.of_sweep))
+                self._end(member, failure(error, member.job))
                 stopped = error
         assert stopped is not None
         raise stopped

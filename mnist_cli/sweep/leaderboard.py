@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_cli import conf, durable
+from mnist_cli import conf, durable, regular_file
 from mnist_cli.config import FREE_KEYS, TrainConfig
 from mnist_cli.errors import one_line
 from mnist_cli.run import LARGEST_METRIC, RunFolder, command_of
@@ -74,7 +74,8 @@ def results_in(folder: Path) -> list[dict[str, Any]]:
 def command_in(folder: Path) -> dict[str, str]:
     """{key: value as typed} of overrides.txt in a run folder; empty where there is none."""
     try:
-        return _typed_in(_text(folder / "overrides.txt"))
+        text = regular_file.read(folder / "overrides.txt", MAX_BYTES)
+        return _typed_in(text.decode(errors="replace"))
     except (OSError, ValueError):
         return {}
 
@@ -136,13 +137,6 @@ def write(folder: Path, board: dict[str, Any]) -> None:
 
 
 # --- reading -------------------------------------------------------------------------------------
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():  # opening a pipe would wait for its writer
-        raise FileNotFoundError(path)
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(MAX_BYTES)
 
 
 def _entry(folder: Path) -> Entry | None:

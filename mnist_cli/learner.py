@@ -1,4 +1,4 @@
-"""All that a run works with."""
+"""What learns: a model with its data, its loss, its optimizer and how far it has come."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Replay = Callable[[Sequence[Tensor], int], list[float]]
 
 
 @dataclass
-class Job:
-    """All that a run works with.
+class Learner:
+    """A model with its data, its loss, its optimizer, and how far it has come.
 
     Attributes:
         forward: the model, compiled where that was asked for.
