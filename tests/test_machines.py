@@ -314,7 +314,7 @@ def test_the_last_trial_is_begun_once_however_close_two_come(
 
     def study_in(shared: durable.SharedFolder) -> Study:
         with shared.door():
-            return Study(tmp_path, space, settings, ["val_loss"], 0, shared.arrive())
+            return Study(tmp_path, space, settings, ["val_loss"], {}, 0, shared.arrive())
 
     with durable.SharedFolder(tmp_path) as here, durable.SharedFolder(tmp_path) as there:
         one, other = study_in(here), study_in(there)

@@ -299,6 +299,14 @@ def test_different_metrics_do_not_compare(tmp_path: Path) -> None:
     assert board["ranked_by"] == "by nothing: val_accuracy, val_loss don't compare"
 
 
+def test_scores_on_different_datasets_do_not_compare(tmp_path: Path) -> None:
+    for number, words in enumerate(("dataset=mnist model=cnn", "dataset=kmnist model=cnn")):
+        leave(tmp_path, str(number), words, 0.9 - 0.1 * number)
+    board = leaderboard.build(tmp_path)
+    assert board["ranked_by"] == "by nothing: scores on different datasets don't compare"
+    assert (board["winner"], [row["rank"] for row in board["rows"]]) == (None, [None, None])
+
+
 odd = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
@@ -1035,6 +1043,10 @@ def test_a_search_with_two_at_once(server: Server, tmp_path: Path) -> None:
             ("sweep.search=optuna", "monitor=val_loss", "loss.label_smoothing=interval(0,0.2)"),
             *("can't choose loss.label_smoothing", "val_accuracy"),
         ),
+        (
+            ("sweep.search=optuna", "dataset=digits,mnist"),
+            *("can't choose dataset: scores on different datasets don't compare", "for each"),
+        ),
         (("sweep.search=optuna", "epochs=range(1,3.5,0.5)"), "epochs=1.5 has the wrong", "whole"),
         (("sweep.search=optuna", "optim.lr=interval(-1,1)"), "optim.lr=-1 is out of", "above 0"),
         (("sweep.search=optuna", "optim.lr=interval(1,0.1)"), "no range to search", "smaller end"),
@@ -1071,8 +1083,24 @@ def test_a_search_is_checked(
 
 def test_another_search_does_not_go_on_in_the_folder(mnist_cli: Program) -> None:
     assert mnist_cli(*SEARCH, "sweep.trials=1", "out=a").code == 0
-    outcome = mnist_cli(*SEARCH, "optim=adam,adamw", "sweep.trials=2", "sweep.resume=a")
-    assert outcome.code == 2 and "holds a search of" in outcome.error
+    for words, difference in {
+        ("optim=adam,adamw",): "with optim=adam,sgd, and this one is with optim=adam,adamw",
+        ("optim.lr=interval(0.1,1)",): (
+            "with optim.lr=0.0001 to 1 on a log scale, and this one is with optim.lr=0.1 to 1"
+        ),
+        ("optim.lr=0.1",): (
+            "with optim.lr=0.0001 to 1 on a log scale, and this one is with optim.lr=0.1"
+        ),
+        ("epochs=3",): "with epochs=2, and this one is with epochs=3",
+        ("seed=1",): "with seed=0, and this one is with seed=1",
+        ("sweep.objectives=[val_loss]",): (
+            "with sweep.objectives=val_accuracy, and this one is with sweep.objectives=val_loss"
+        ),
+    }.items():
+        outcome = mnist_cli(*SEARCH, *words, "sweep.trials=2", "sweep.resume=a")
+        assert outcome.code == 2 and outcome.error == f"a holds a search {difference}"
+    assert mnist_cli(*SEARCH, "sweep.trials=2", "save_every=5", "sweep.resume=a").code == 0
+    assert len(board_of(Path("a"))["history"]) == 2
 
 
 def test_without_optuna_the_hint_says_what_to_install(

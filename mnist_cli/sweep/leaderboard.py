@@ -102,12 +102,7 @@ def build(
         key = tuple((k, v) for k, v in entry.config.items() if k not in LOCATION_KEYS)
         rows.setdefault(key or (("job", entry.name),), []).append(entry)
     listed = [_row(row, columns, failures or {}) for row in rows.values()]
-    metrics = {row["metric"] for row in listed if row["mean"] is not None}
-    metric = metrics.pop() if len(metrics) == 1 else None
-    pairs = zip(rows.values(), listed, strict=True)
-    scored = [own[0] for own, row in pairs if row["mean"] is not None]
-    if metric == "val_loss" and len({_loss_of(entry) for entry in scored if entry.config}) > 1:
-        metric, metrics = None, {"the val_loss of different losses"}
+    metric, ranked_by = _ranking(listed, [own[0].config for own in rows.values()])
     ranked = [row for row in listed if row["mean"] is not None and metric is not None]
     sign = -1 if metric is not None and is_higher_better(metric) else 1
     ranked.sort(key=lambda row: sign * row["mean"])
@@ -117,7 +112,7 @@ def build(
     rest.sort(key=lambda row: row["state"] != "completed")
     return {
         "schema": SCHEMA,
-        "ranked_by": _what_ranks(metric, listed, metrics),
+        "ranked_by": ranked_by,
         "columns": columns,
         "rows": [*ranked, *rest],
         "winner": ranked[0] if ranked else None,
@@ -202,10 +197,36 @@ def _columns(configs: Iterable[dict[str, str]]) -> list[str]:
     return [key for key in seen if key in differing - LOCATION_KEYS]
 
 
-def _loss_of(entry: Entry) -> frozenset[tuple[str, str]]:
-    """The settings of its loss: with others val_loss is another measure."""
+def _ranking(
+    rows: Sequence[dict[str, Any]], configs: Sequence[dict[str, str]]
+) -> tuple[str | None, str]:
+    """The metric that ranks `rows`, None where they don't compare; and how, in words.
+
+    Args:
+        configs: of each row, the keys of a command; empty where none is known.
+    """
+    pairs = zip(rows, configs, strict=True)
+    scored = [(row["metric"], config) for row, config in pairs if row["mean"] is not None]
+    metrics = sorted({metric for metric, _ in scored})
+    known = [config for _, config in scored if config]
+    if not metrics and any(row["n"] for row in rows):
+        return None, "by nothing: without a validation split there is nothing to select by"
+    if not metrics:
+        return None, "by nothing: no job was completed"
+    if len(metrics) > 1:
+        return None, f"by nothing: {', '.join(metrics)} don't compare"
+    if len({config.get("dataset") for config in known}) > 1:
+        return None, "by nothing: scores on different datasets don't compare"
+    if metrics == ["val_loss"] and len({_loss_in(config) for config in known}) > 1:
+        return None, "by nothing: the val_loss of different losses don't compare"
+    [metric] = metrics
+    return metric, f"by mean {metric}, {'highest' if is_higher_better(metric) else 'lowest'} first"
+
+
+def _loss_in(config: dict[str, str]) -> frozenset[tuple[str, str]]:
+    """The settings of the loss."""
     return frozenset(
-        (key, value) for key, value in entry.config.items() if key.partition(".")[0] == "loss"
+        (key, value) for key, value in config.items() if key.partition(".")[0] == "loss"
     )
 
 
@@ -301,13 +322,3 @@ def _plain(text: str | None) -> Any:
 
 def _is_leaf(value: Any) -> bool:
     return value is None or isinstance(value, bool) or _number(value) is not None
-
-
-def _what_ranks(metric: str | None, rows: Sequence[dict[str, Any]], rest: set[str]) -> str:
-    if metric is not None:
-        return f"by mean {metric}, {'highest' if is_higher_better(metric) else 'lowest'} first"
-    if rest:
-        return f"by nothing: {', '.join(sorted({metric or '', *rest} - {''}))} don't compare"
-    if any(row["n"] for row in rows):
-        return "by nothing: without a validation split there is nothing to select by"
-    return "by nothing: no job was completed"

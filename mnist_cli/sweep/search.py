@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mnist_cli import durable
-from mnist_cli.config import OBJECTIVES, SweepConfig, TrainConfig
+from mnist_cli.config import FREE_KEYS, OBJECTIVES, SweepConfig, TrainConfig, flatten, to_plain
 from mnist_cli.errors import LockedError, MnistCliError, UsageError
 from mnist_cli.imports import importing
+from mnist_cli.run import as_typed
 from mnist_cli.sweep.board import Board
 from mnist_cli.sweep.job import Document, Job, failure, has_failed, placed, result_of
 from mnist_cli.sweep.space import Space, words_of
@@ -50,6 +51,11 @@ def check(settings: SweepConfig, space: Space, config: TrainConfig) -> list[str]
             f"sweep.objectives names {foreign}, which dataset={config.dataset.name} has not",
             f"name some of: {', '.join(name for name in OBJECTIVES if name != foreign)}",
         )
+    if any(part.key == "dataset" for part in space):
+        raise UsageError(
+            "a search can't choose dataset: scores on different datasets don't compare",
+            "search once for each dataset",
+        )
     of_loss = [part.key for part in space if part.key.partition(".")[0] == "loss"]
     if "val_loss" in objectives and of_loss:
         raise UsageError(
@@ -60,6 +66,18 @@ def check(settings: SweepConfig, space: Space, config: TrainConfig) -> list[str]
         for part in space:
             part.points()
     return objectives
+
+
+def _fixed(config: TrainConfig, space: Space) -> dict[str, str]:
+    """What nobody chose between, {key: value as typed}, of a job of the search."""
+    typed = {
+        key.removesuffix(".name"): as_typed(value)
+        for key, value in flatten(to_plain(config)).items()
+        if key not in FREE_KEYS
+    }
+    for part in space:
+        typed.pop(part.key, None)
+    return typed
 
 
 class Search:
@@ -93,7 +111,8 @@ class Search:
         self._running: dict[str, list[optuna.Trial]] = {}
         self._is_over = False
         is_alone = folder.arrive()
-        self.study = Study(folder.path, space, settings, objectives, config.seed, is_alone)
+        fixed = _fixed(config, space)
+        self.study = Study(folder.path, space, settings, objectives, fixed, config.seed, is_alone)
         self.board: Board | None = None
 
     def next_jobs(self) -> Sequence[Job]:

@@ -19,6 +19,11 @@ class Choice(NamedTuple):
     values: tuple[str, ...]
 
     @property
+    def told(self) -> str:
+        """What may be chosen, in words."""
+        return ",".join(self.values)
+
+    @property
     def ends(self) -> tuple[Any, ...]:
         """The values to check before a search starts."""
         return self.values
@@ -40,6 +45,13 @@ class Numbers(NamedTuple):
     high: float
     step: float | None
     is_log: bool
+
+    @property
+    def told(self) -> str:
+        """What may be chosen, in words."""
+        scale = " on a log scale" if self.is_log else ""
+        step = f" in steps of {self.step:g}" if self.step else ""
+        return f"{self.low:g} to {self.high:g}{scale}{step}"
 
     @property
     def ends(self) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ import itertools
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class Study:
 
     Args:
         space: what may be chosen.
+        fixed: {key: value as typed} of what is not to be chosen.
         seed: of the sampler.
         is_alone: whether no other process is at the folder.
 
@@ -53,6 +54,7 @@ class Study:
         space: Space,
         settings: SweepConfig,
         objectives: Sequence[str],
+        fixed: Mapping[str, str],
         seed: int,
         is_alone: bool,
     ) -> None:
@@ -66,18 +68,17 @@ class Study:
         self._cut_off: list[optuna.trial.FrozenTrial] = []
         if is_alone:
             _mend(folder / JOURNAL)
-        self._study = self._open()
+        self._study = self._open(fixed)
         if is_alone:
             self.take_up()
 
-    def _open(self) -> optuna.Study:
+    def _open(self, fixed: Mapping[str, str]) -> optuna.Study:
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         path = self._folder / JOURNAL
-        what = f"{', '.join(self._objectives)} over {[tuple(part) for part in self._space]}"
         try:
             study = optuna.create_study(
                 storage=JournalStorage(JournalFileBackend(str(path))),
@@ -86,17 +87,23 @@ class Study:
                 pruner=self._pruner(),
                 load_if_exists=True,
             )
-            before = study.user_attrs.get("what")
+            before, now = study.user_attrs.get("what"), self._what(fixed)
+            if before is None:
+                study.set_user_attr("what", now)
+            elif before != now:
+                raise UsageError(
+                    f"{self._folder} holds a search {_difference(dict(before), dict(now))}",
+                    "type everything as it was, or search in another folder",
+                )
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise UsageError(f"{path} can't be read: {error}", "search in another folder") from None
-        if before is None:
-            study.set_user_attr("what", what)
-        elif before != what:
-            raise UsageError(
-                f"{self._folder} holds a search of {before}, which is not {what}",
-                "type lists, intervals and objectives as they were, or search in another folder",
-            )
         return study
+
+    def _what(self, fixed: Mapping[str, str]) -> list[list[str]]:
+        """What may not change while a search goes on, as (key, value)."""
+        chosen = {part.key: part.told for part in self._space}
+        what = {"sweep.objectives": ",".join(self._objectives), **chosen, **fixed}
+        return [[key, value] for key, value in what.items()]
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         from optuna import pruners
@@ -292,6 +299,18 @@ def show(board: dict[str, Any], say: Callable[[str], None]) -> None:
         chosen = trial["config"].items()
         what = " ".join(f"{key}={display.short_cell(value)}" for key, value in chosen)
         say(f"front    {', '.join(values)}  {what}")
+
+
+def _difference(before: dict[str, str], now: dict[str, str]) -> str:
+    """Where two searches differ, in words: their first difference."""
+    for key in {**before, **now}:
+        if before.get(key) != now.get(key):
+            was, is_now = (
+                f"with {key}={what[key]}" if key in what else f"without {key}"
+                for what in (before, now)
+            )
+            return f"{was}, and this one is {is_now}"
+    return "with its keys in another order"
 
 
 def _mend(journal: Path) -> None:
