@@ -1,4 +1,4 @@
-"""Composing: from overrides to a checked configuration, and on to the command.
+"""Composing: from overrides to a checked configuration.
 
 A plain run is composed and run here, through Hydra's compose API, with what the jobs of a sweep
 need as well: `multirun.py` runs the lines with `-m`, `hydra_main.py` those that speak of Hydra.
@@ -7,9 +7,7 @@ need as well: `multirun.py` runs the lines with `-m`, `hydra_main.py` those that
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_cli import conf, cpu, logger, plugin
+from mnist_cli import command, conf, cpu, logger, plugin
 from mnist_cli.config import (
-    DemoConfig,
-    EvalConfig,
-    PredictConfig,
-    ReportConfig,
     TrainConfig,
     demo_config,
     eval_config,
@@ -38,12 +32,10 @@ from mnist_cli.config import (
     train_config,
 )
 from mnist_cli.console import Console
-from mnist_cli.errors import Interrupted, UsageError, one_line, shown
+from mnist_cli.errors import UsageError, shown
 from mnist_cli.explain import hydra_errors, no_such_key
-from mnist_cli.imports import importing
 from mnist_cli.line import Line
-from mnist_cli.options import plugin_words
-from mnist_cli.run import RunFolder, quoted
+from mnist_cli.run import quoted
 from mnist_cli.signals import held
 from mnist_cli.typed import UnknownKeyError, unknown_key
 
@@ -80,115 +72,11 @@ def run(line: Line, console: Console, started_s: float) -> int:
         _refuse_sweep_keys(parsed)
         _refuse_sweep_values(line, parsed)
         config = checked(line, compose(line, [*_groups_of_run(line), *overrides]))
-    document = command(config, typed_keys(parsed, config), console, started_s)
+    document = command.run(config, typed_keys(parsed, config), console, started_s)
     if document is not None:
         console.document(document)
-    draw_report(config, document, console)
+    command.draw_report(config, document, console)
     return 0
-
-
-def draw_report(config: Any, document: dict[str, Any], console: Console) -> None:
-    """Draw what a training left. Its result stands already, so no failure here is one of the run.
-
-    Raises:
-        Interrupted: by a signal.
-    """
-    if not isinstance(config, TrainConfig):
-        return
-    folder = RunFolder(Path(document["run_dir"]))
-    # Of a run that was resumed, its own configuration says whether it has a page.
-    keys = {key.path: key.value for key in conf.read(folder.path / "config.yaml").keys}
-    if keys.get("report") is not True or folder.has_report():
-        return
-    with _never_failing("run", folder.path, config, console):
-        from mnist_cli import report
-
-        report.draw(folder, console)
-
-
-def draw_sweep(config: Any, folder: Path, console: Console) -> None:
-    """Draw what a sweep left, unless `report=false` is typed. Raises what `draw_report` does.
-
-    Args:
-        config: of any of its jobs.
-    """
-    if not config.report:
-        return
-    with _never_failing("sweep", folder, config, console):
-        from mnist_cli import report
-
-        report.draw_sweep(folder, console)
-
-
-@contextlib.contextmanager
-def _never_failing(
-    what: str, folder: Path, config: TrainConfig, console: Console
-) -> Iterator[None]:
-    """Turn what goes wrong with a report into a warning, and a signal into what it interrupts."""
-    again = f"type mnist-cli report {shlex.join([f'run={folder}', *plugin_words(config.plugin)])}"
-    try:
-        yield
-    except Interrupted as error:
-        raise Interrupted(
-            error.exit_code - 128, f"the {what} is complete, its report isn't: {folder}", again
-        ) from None
-    except Exception as error:
-        console.warn(f"no report was drawn: {one_line(str(error))}; {again}")
-
-
-def command(
-    config: Any, typed: Sequence[str], console: Console, started_s: float | None = None
-) -> Any:
-    """Run the command of `config` and return its document: a list of `predict`, None of `demo`,
-    which has printed it, else a dict.
-
-    torch is imported here, after all that can be wrong was said.
-
-    Raises:
-        UsageError: `out=` is a file.
-        ResourceError: the answers of a command could not be printed.
-    """
-    out = getattr(config, "out", None)
-    if out is not None:
-        out = os.path.expanduser(out)
-        config = dataclasses.replace(config, out=out)
-        if os.path.isfile(out):
-            raise UsageError(f"out={out} is a file", "name a folder: out=DIR")
-    with importing():
-        run = _imported(config)
-    if isinstance(config, TrainConfig):
-        return run(config, console, typed, started_s)
-    document = run(config, console)
-    if isinstance(config, EvalConfig | PredictConfig):
-        console.require_delivered()
-    return document
-
-
-def _imported(config: Any) -> Callable[..., Any]:
-    """What runs the command of `config`."""
-    if isinstance(config, TrainConfig):
-        from mnist_cli import train
-
-        return train.run
-    if isinstance(config, EvalConfig):
-        from mnist_cli import evaluate
-
-        return evaluate.run
-    if isinstance(config, PredictConfig):
-        from mnist_cli import predict
-
-        return predict.run
-    if isinstance(config, DemoConfig):
-        from mnist_cli import demo
-
-        return demo.run
-    if isinstance(config, ReportConfig):
-        from mnist_cli import report
-
-        return report.run
-    from mnist_cli import export
-
-    return export.run
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_cli import compose, conf, durable, multirun, plugin, sweep
+from mnist_cli import command, compose, conf, durable, multirun, plugin, sweep
 from mnist_cli.config import SweepConfig, TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted, UsageError, shown
@@ -50,7 +50,7 @@ def run(line: Line, console: Console) -> int:
         try:
             config = compose.checked(line, composed)
             typed = compose.typed_keys(compose.parse(_words_of_job()), config)
-            outcome.append((config, compose.command(config, typed, console)))
+            outcome.append((config, command.run(config, typed, console)))
         except Exception as error:
             outcome.append((None, error))
 
@@ -62,7 +62,7 @@ def run(line: Line, console: Console) -> int:
             raise document
         if document is not None:
             console.document(document)
-        compose.draw_report(config, document, console)
+        command.draw_report(config, document, console)
     return 0
 
 
@@ -117,7 +117,7 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
             document = sweep.run_launched(job, place, label, number, num_jobs, console)
             multirun.draw_typed(job, document, console)
         else:
-            call = partial(compose.command, job.config, job.typed, console)
+            call = partial(command.run, job.config, job.typed, console)
             document = sweep.outcome_of(job, call, console)
         here.append(document)
         value = (document.get("best") or {}).get("value")
@@ -147,7 +147,7 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
             code = sweep.give_up(console, folder, here or None, gave_up)
         else:
             code = sweep.finish(console, folder, here or None)
-        compose.draw_sweep(jobs[0].config, folder, console)
+        command.draw_sweep(jobs[0].config, folder, console)
         return code
 
 

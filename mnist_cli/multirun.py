@@ -21,7 +21,7 @@ from hydra.core.override_parser.types import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_cli import compose, conf, sweep
+from mnist_cli import command, compose, conf, sweep
 from mnist_cli.compose import is_sweep_key
 from mnist_cli.config import SweepConfig, sweep_config
 from mnist_cli.console import Console
@@ -49,17 +49,17 @@ def run(line: Line, console: Console) -> int:
         jobs = [] if is_search else sweep_jobs(composer, parsed)
     if settings is None:
         return sweep.each(
-            jobs, console, lambda job, inner: compose.command(job.config, job.typed, inner)
+            jobs, console, lambda job, inner: command.run(job.config, job.typed, inner)
         )
     if is_search:
         return _search(composer, parsed, settings, console)
-    return sweep.run(jobs, settings, console, draw_typed, compose.draw_sweep)
+    return sweep.run(jobs, settings, console, draw_typed, command.draw_sweep)
 
 
 def draw_typed(job: Job, document: dict[str, Any], console: Console) -> None:
     """Draw the report of a job of a sweep only where that was typed: it takes a second."""
     if "report" in job.typed and document.get("status") == "completed":
-        compose.draw_report(job.config, document, console)
+        command.draw_report(job.config, document, console)
 
 
 class Composer:
@@ -193,7 +193,7 @@ def _search(
                     f"type '{part.key}={whole}'",
                 ) from error
     return sweep.run_search(
-        space, first, make_job, settings, console, draw_typed, compose.draw_sweep
+        space, first, make_job, settings, console, draw_typed, command.draw_sweep
     )
 
 

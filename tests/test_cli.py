@@ -18,7 +18,7 @@ from faults import TORTURE, figure, many
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from mnist_cli import compose, conf, sweep
+from mnist_cli import command, compose, conf, sweep
 from mnist_cli.config import Config, PredictConfig, TrainConfig, to_plain, train_config
 from mnist_cli.run import command_of
 
@@ -49,7 +49,7 @@ def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def accept(config: Config, *rest: object) -> None:
         raise Accepted(config)
 
-    monkeypatch.setattr(compose, "command", accept)
+    monkeypatch.setattr(command, "run", accept)
     monkeypatch.setattr(sweep, "run", lambda jobs, *rest: accept(jobs[0].config))
 
 
@@ -737,8 +737,8 @@ def test_what_a_run_says(mnist_cli: Program) -> None:
     assert "\x1b" not in stdout
     for fact in ("linear, 650 parameters", "1,366 to train", "359 to test", "cpu, 1 thread", "run"):
         assert fact in stdout
-    for command in ("mnist-cli eval checkpoint=run", "mnist-cli export checkpoint=run format=onnx"):
-        assert command in stdout
+    for line in ("mnist-cli eval checkpoint=run", "mnist-cli export checkpoint=run format=onnx"):
+        assert line in stdout
     assert Path("run/train.log").read_text() == stdout
 
 

@@ -151,10 +151,10 @@ LAYERS: dict[str, dict[str, set[str]]] = {
     "door": {
         "__main__": {"cli"},
         "cli": {"line", "help", "completion", "compose", "multirun", "hydra_main"},
-        "compose": {"line", "explain"}, "explain": {"line"},
-        "multirun": {"compose", "line", "explain"},
-        "hydra_main": {"compose", "multirun", "line", "explain"}, "line": set(), "help": {"line"},
-        "completion": {"line"},
+        "compose": {"command", "line", "explain"}, "command": set(), "explain": {"line"},
+        "multirun": {"command", "compose", "line", "explain"},
+        "hydra_main": {"command", "compose", "multirun", "line", "explain"}, "line": set(),
+        "help": {"line"}, "completion": {"line"},
     },
     "commands": {
         "train": {"learner", "train_step", "loop", "cuda_graph", "outcome", "logger"},
@@ -187,8 +187,9 @@ ORDER = list(LAYERS)
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 HYDRA = ("compose", "explain", "hydra_main", "multirun")
 TORCH_FREE = (
-    *HYDRA, "cli", "conf", "line", "help", "completion", "plugin", "config", "options", "typed",
-    "errors", "formats", "cpu", "imports", "console", "signals", "regular_file", "strict_json",
+    *HYDRA, "cli", "command", "conf", "line", "help", "completion", "plugin", "config", "options",
+    "typed", "errors", "formats", "cpu", "imports", "console", "signals", "regular_file",
+    "strict_json",
     "sweep/__init__", "sweep/job", "sweep/pool", "sweep/board", "sweep/display",
     "sweep/leaderboard", "sweep/search", "sweep/space", "sweep/study", "sweep/group",
     "logger/__init__", "logger/wandb",
