@@ -26,6 +26,8 @@ from mnist_cli.explain import LAUNCHER, hydra_errors, raised_in_full
 from mnist_cli.line import Line
 from mnist_cli.run import quoted
 from mnist_cli.signals import held
+from mnist_cli.sweep import each
+from mnist_cli.sweep.job import Job, difference, folder_of, shared_words
 
 ARGUMENTS: dict[str, Any] = (
     {"version_base": "1.3"} if compose.IS_13 else {"execution_whitelist": ["mnist_cli.*"]}
@@ -92,7 +94,7 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
             "type their names",
         )
     jobs, settings, launcher = _check_jobs(line, overrides)
-    folder = sweep.folder_of(jobs, settings)
+    folder = None if settings is None else folder_of(jobs, settings)
     if folder is None and launcher != BASIC:
         raise UsageError(
             f"{LAUNCHER}={launcher} is for train: nothing brings back what {line.command} prints",
@@ -103,31 +105,31 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
         own = [word for word in overrides if not word.startswith(("out=", "sweep."))]
         own.append(f"hydra.sweep.dir={quoted(str(folder.absolute()))}")
     here: list[dict[str, Any]] = []
-    num_jobs, shared = len(jobs), sweep.shared_words(jobs)
+    num_jobs, shared = len(jobs), shared_words(jobs)
 
     def task(composed: DictConfig) -> float:
         # Failures are kept, not raised: Hydra would add lines of its own. NaN tells a sweeper.
         config = HydraConfig.get()
         words = tuple(config.overrides.task)
 
-        job = sweep.Job(words, compose.checked(line, composed))
+        job = Job(words, compose.checked(line, composed))
         if isinstance(job.config, TrainConfig):
-            label, number = sweep.difference(job, shared), config.job.num + 1
+            label, number = difference(job, shared), config.job.num + 1
             place = Path(config.sweep.dir)
             document = sweep.run_launched(job, place, label, number, num_jobs, console)
             multirun.draw_typed(job, document, console)
         else:
             call = partial(command.run, job.config, job.typed, console)
-            document = sweep.outcome_of(job, call, console)
+            document = each.outcome_of(job, call, console)
         here.append(document)
         value = (document.get("best") or {}).get("value")
         return math.nan if value is None else float(value)
 
     if folder is None:  # only train has a folder for all jobs
-        sweep.refuse_same_files(jobs)
+        each.refuse_same_files(jobs)
         with durable.temporary_folder() as nowhere, raised_in_full():
             _hydra_main(line, [*own, f"hydra.sweep.dir={quoted(str(nowhere))}"], task)
-        return sweep.finish_each(console, here)
+        return each.finish(console, here)
     stopped_by, gave_up = None, None
     if launcher != BASIC:
         console.say(f"launch   {num_jobs} jobs by {LAUNCHER}={launcher}, in {folder}")
@@ -153,7 +155,7 @@ def _run_sweep(line: Line, overrides: Sequence[str], console: Console) -> int:
 
 def _check_jobs(
     line: Line, overrides: Sequence[str]
-) -> tuple[list[sweep.Job], SweepConfig | None, str]:
+) -> tuple[list[Job[Any]], SweepConfig | None, str]:
     """Compose every job before one starts; the first alone where values are searched for.
 
     Returns:

@@ -29,7 +29,8 @@ from mnist_cli.errors import UsageError, shown
 from mnist_cli.explain import hydra_errors
 from mnist_cli.line import Line
 from mnist_cli.signals import held
-from mnist_cli.sweep import Job
+from mnist_cli.sweep import each
+from mnist_cli.sweep.job import Job, TrainJob
 from mnist_cli.sweep.space import Choice, Numbers, words_of
 
 SEARCH_KEYS = tuple(f"sweep.{key}" for key in ("trials", "sampler", "pruner", "objectives"))
@@ -48,15 +49,13 @@ def run(line: Line, console: Console) -> int:
         is_search = settings is not None and settings.search == "optuna"
         jobs = [] if is_search else sweep_jobs(composer, parsed)
     if settings is None:
-        return sweep.each(
-            jobs, console, lambda job, inner: command.run(job.config, job.typed, inner)
-        )
+        return each.run(jobs, console, lambda job, inner: command.run(job.config, job.typed, inner))
     if is_search:
         return _search(composer, parsed, settings, console)
     return sweep.run(jobs, settings, console, draw_typed, command.draw_sweep)
 
 
-def draw_typed(job: Job, document: dict[str, Any], console: Console) -> None:
+def draw_typed(job: TrainJob, document: dict[str, Any], console: Console) -> None:
     """Draw the report of a job of a sweep only where that was typed: it takes a second."""
     if "report" in job.typed and document.get("status") == "completed":
         command.draw_report(job.config, document, console)
@@ -78,7 +77,7 @@ class Composer:
         self._own = [o.input_line or "" for o in parsed if is_sweep_key(o)]
         self._alike: dict[tuple[str, ...], DictConfig] = {}
 
-    def job(self, words: Sequence[str]) -> Job:
+    def job(self, words: Sequence[str]) -> Job[Any]:
         """The job of `words`, checked. Raises UsageError."""
         return Job(tuple(words), compose.checked(self.line, self.composed(words)))
 
@@ -145,7 +144,7 @@ def _first_word(override: Override) -> str:
     return f"{override.get_key_element()}={first}"
 
 
-def sweep_jobs(composer: Composer, parsed: Sequence[Override]) -> list[Job]:
+def sweep_jobs(composer: Composer, parsed: Sequence[Override]) -> list[Job[Any]]:
     """Every job of a sweep. Raises UsageError."""
     swept = [override for override in parsed if not is_sweep_key(override)]
     for override in swept:
@@ -172,7 +171,7 @@ def _search(
     swept = list(last.values())  # of a key that is typed twice the last value counts
     fixed = [override.input_line or "" for override in swept if not override.is_sweep_override()]
 
-    def make_job(words: Sequence[str]) -> Job:
+    def make_job(words: Sequence[str]) -> Job[Any]:
         with held(), hydra_errors(composer.line), compose.initialized(composer.line):
             return composer.job([*fixed, *words])
 

@@ -190,8 +190,9 @@ TORCH_FREE = (
     *HYDRA, "cli", "command", "conf", "line", "help", "completion", "plugin", "config", "options",
     "typed", "errors", "formats", "cpu", "imports", "console", "signals", "regular_file",
     "strict_json",
-    "sweep/__init__", "sweep/job", "sweep/pool", "sweep/board", "sweep/display",
-    "sweep/leaderboard", "sweep/search", "sweep/space", "sweep/study", "sweep/group",
+    "sweep/__init__", "sweep/job", "sweep/each", "sweep/grid", "sweep/pool", "sweep/board",
+    "sweep/display", "sweep/leaderboard", "sweep/search", "sweep/space", "sweep/study",
+    "sweep/group",
     "logger/__init__", "logger/wandb",
 )  # fmt: skip
 

@@ -1,16 +1,18 @@
 """Sweeps: many runs from one line, in one folder, with a leaderboard.
 
     job          its folder, how it is run, how its failure is recorded
-    pool         one job after the other here, or several at once in worker processes
-    group        which jobs are trained as one stack, unless sweep.fused=false
-    fused        such a stack
-    worker       such a process
+    grid         which jobs come next, where all of them are known
     search       Optuna in place of a list of jobs
     space        what it may choose from
     study        what Optuna knows of it
+    pool         one job after the other here, or several at once in worker processes
+    worker       such a process
+    group        which jobs are trained as one stack, unless sweep.fused=false
+    fused        such a stack
     board        what a person sees meanwhile
     leaderboard  what came of it, made of what lies in the folder
     display      the same as people read it
+    each         jobs of a command that has no such folder
 
 A failed job never stops the rest. Randomness is counted and every job builds all that it uses, so a
 job of a sweep gives the same numbers as the same run alone with as many threads; one of a stack
@@ -20,63 +22,46 @@ gives them but for rounding, since sums are taken in another order.
 from __future__ import annotations
 
 import shlex
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mnist_cli import durable
-from mnist_cli.config import EvalConfig, SweepConfig, TrainConfig
+from mnist_cli.config import SweepConfig, TrainConfig
 from mnist_cli.console import Console
-from mnist_cli.errors import Interrupted, MnistCliError, SweepError
+from mnist_cli.errors import Interrupted, SweepError
 from mnist_cli.run import RunFolder
 from mnist_cli.signals import SignalWatch
 from mnist_cli.sweep import display, group, leaderboard, pool, study
 from mnist_cli.sweep import search as searching
 from mnist_cli.sweep.board import Board
+from mnist_cli.sweep.grid import Grid
 from mnist_cli.sweep.job import (
     Document,
-    Job,
+    TrainJob,
     difference,
-    failure,
     folder_of,
     has_failed,
+    place_of,
     placed,
     record,
-    refuse_same_files,
     result_of,
     run_job,
     shared_words,
 )
 from mnist_cli.sweep.search import Search
 from mnist_cli.sweep.space import Space
+from mnist_cli.sweep.study import Study
 
-DrawSweep = Callable[[Any, Path, Console], None]  # of the configuration of a job, and the folder
-
-__all__ = [
-    "Job",
-    "difference",
-    "each",
-    "finish",
-    "finish_each",
-    "folder_of",
-    "outcome_of",
-    "record_cut_off",
-    "refuse_same_files",
-    "run",
-    "run_launched",
-    "run_search",
-    "shared_words",
-]
+DrawSweep = Callable[[TrainConfig, Path, Console], None]  # of a job's configuration; the folder
 
 
 def run(
-    jobs: Sequence[Job],
+    jobs: Sequence[TrainJob],
     settings: SweepConfig,
     console: Console,
-    draw: Callable[[Job, Document, Console], None],
+    draw: Callable[[TrainJob, Document, Console], None],
     draw_sweep: DrawSweep,
 ) -> int:
     """Run every job of a sweep of `train`, whatever happens to the others.
@@ -92,16 +77,15 @@ def run(
         UsageError: the folder doesn't fit; nothing was written.
         LockedError: another process runs the sweep.
     """
-    group.check(_configs(jobs), settings)
+    group.check([job.config for job in jobs], settings)
     folder = folder_of(jobs, settings)
-    assert folder is not None
     with durable.locked(folder):
-        labels: dict[str, tuple[Job, str]] = {}
+        labels: dict[str, tuple[TrainJob, str]] = {}
         shared = shared_words(jobs)
         for job in jobs:
             label = difference(job, shared)
             there = placed(job, folder, label)
-            labels.setdefault(_out(there), (there, label))
+            labels.setdefault(place_of(there), (there, label))
         with console.live_table() as live:
             board = Board(console, live, len(labels))
             grid = Grid([job for job, _ in labels.values()], settings, board)
@@ -125,11 +109,11 @@ def run(
 
 def run_search(
     space: Space,
-    first: Job,
-    make_job: Callable[[Sequence[str]], Job],
+    first: TrainJob,
+    make_job: Callable[[Sequence[str]], TrainJob],
     settings: SweepConfig,
     console: Console,
-    draw: Callable[[Job, Document, Console], None],
+    draw: Callable[[TrainJob, Document, Console], None],
     draw_sweep: DrawSweep,
 ) -> int:
     """Let Optuna choose the jobs, out of `space`; see `search.py`.
@@ -145,79 +129,30 @@ def run_search(
     Raises:
         UsageError: nothing was written.
     """
-    assert isinstance(first.config, TrainConfig)
     objectives = searching.check(settings, space, first.config)
     folder = folder_of([first], settings)
-    assert folder is not None
     with durable.SharedFolder(folder) as shared:
         with shared.door():
-            plan = Search(shared, space, make_job, settings, objectives, first.config)
+            fixed, seed = searching.fixed(first.config, space), first.config.seed
+            known = Study(folder, space, settings, objectives, fixed, seed, shared.arrive())
         with console.live_table() as live:
-            plan.board = Board(console, live, settings.trials, plan.study.num_done)
+            board = Board(console, live, settings.trials, known.num_done)
+            names_gpu = first.config.device.startswith("cuda:")
+            plan = Search(shared, known, board, space, make_job, settings, names_gpu)
             stopped_by = pool.run(plan, settings.jobs)
         if stopped_by is None:
             for document in plan.documents:
                 draw(first, document, console)
         with shared.door():  # the last of several that end writes what all have left
-            documents, summary = plan.documents, plan.study.summary()
-            code = finish(
-                console, folder, documents, plan.study.num_own, stopped_by, of_search=summary
-            )
+            documents, summary = plan.documents, known.summary()
+            code = finish(console, folder, documents, known.num_own, stopped_by, of_search=summary)
             if stopped_by is None:
                 draw_sweep(first.config, folder, console)
             return code
 
 
-class Grid:
-    """The plan of a sweep whose jobs are known: stack after stack, what is done left out."""
-
-    asks = False
-
-    def __init__(self, jobs: Sequence[Job], settings: SweepConfig, board: Board) -> None:
-        self._settings, self._board = settings, board
-        configs = _configs(jobs)
-        self._groups = group.planned(configs, settings)
-        self._left = [[jobs[place] for place in each.members] for each in reversed(self._groups)]
-        self.names_gpu = any(config.device.startswith("cuda:") for config in configs)
-        self.documents: dict[str, Document] = {}
-
-    def alone(self) -> Counter[str]:
-        """With sweep.fused=true: how many jobs train alone nevertheless, by reason."""
-        if self._settings.fused != "true":
-            return Counter()
-        return Counter(each.alone_because for each in self._groups if each.alone_because)
-
-    def next_jobs(self) -> Sequence[Job]:
-        while self._left:
-            jobs = []
-            for job in self._left.pop():
-                done = result_of(job)
-                if done is None:
-                    jobs.append(job)
-                else:
-                    self.documents[_out(job)] = done
-                    self._board.skipped(job, done)
-            if jobs:
-                self._board.started(jobs)
-                return jobs
-        return []
-
-    def should_stop(self, job: Job, epoch: int, value: float | None) -> bool:
-        self._board.epoch(job, epoch, value)
-        return False
-
-    def ended(self, job: Job, document: Document) -> None:
-        self.documents[_out(job)] = document
-        self._board.ended(job, document)
-        if self._settings.fail_fast and has_failed(document):
-            self._left.clear()
-
-    def tick(self) -> None:
-        self._board.draw()
-
-
 def run_launched(
-    job: Job, folder: Path, label: str, number: int, num_jobs: int, console: Console
+    job: TrainJob, folder: Path, label: str, number: int, num_jobs: int, console: Console
 ) -> Document:
     """Run a job that a launcher of Hydra has brought into this process.
 
@@ -239,25 +174,16 @@ def run_launched(
             return document
 
 
-def record_cut_off(jobs: Sequence[Job], folder: Path, error: str) -> None:
+def record_cut_off(jobs: Sequence[TrainJob], folder: Path, error: str) -> None:
     """Leave `error` with the jobs that ended without a word, as after a SIGKILL."""
     for job in jobs:
-        there = placed(job, folder, "").config
-        assert isinstance(there, TrainConfig) and there.out is not None
-        if Path(there.out).is_dir():
-            result = RunFolder(Path(there.out)).read_result() or {}
+        there = placed(job, folder, "")
+        path = Path(place_of(there))
+        if path.is_dir():
+            result = RunFolder(path).read_result() or {}
             if result.get("status") != "completed" and result.get("error") is None:
                 # But not where it still runs: that folder is locked.
-                record(there, error, f"error: {error}\n")
-
-
-def _configs(jobs: Sequence[Job]) -> list[TrainConfig]:
-    return [job.config for job in jobs if isinstance(job.config, TrainConfig)]
-
-
-def _out(job: Job) -> str:
-    assert isinstance(job.config, TrainConfig)
-    return str(job.config.out)
+                record(there.config, error, f"error: {error}\n")
 
 
 def finish(
@@ -268,7 +194,7 @@ def finish(
     stopped_by: int | None = None,
     *,
     of_search: dict[str, Any] | None = None,
-    waiting: Sequence[Job] = (),
+    waiting: Sequence[TrainJob] = (),
 ) -> int:
     """Write and show the leaderboard of all that lies in `folder`, and return the exit code.
 
@@ -307,14 +233,14 @@ def _leaderboard(
     folder: Path,
     documents: Sequence[Document] | None,
     of_search: dict[str, Any] | None = None,
-    waiting: Sequence[Job] = (),
+    waiting: Sequence[TrainJob] = (),
 ) -> tuple[list[Document], dict[str, Any]]:
     """Write and show it; the documents of the jobs that failed, and that of the sweep."""
     if documents is None:
         documents = leaderboard.results_in(folder)
     failed = [document for document in documents if has_failed(document)]
     failures = {Path(d["run_dir"] or "").name: d["error"] for d in failed if "exit_code" in d}
-    board = leaderboard.build(folder, failures, _configs(waiting)) | (of_search or {})
+    board = leaderboard.build(folder, failures, [job.config for job in waiting]) | (of_search or {})
     leaderboard.write(folder, board)
     display.show(board, console)
     nowhere = Counter(document["error"] for document in failed if document["run_dir"] is None)
@@ -345,46 +271,3 @@ def _with_result(document: Document) -> Document:
     if "exit_code" not in document or document["run_dir"] is None:
         return document
     return (RunFolder(Path(document["run_dir"])).read_result() or {}) | document
-
-
-def each(jobs: Sequence[Job], console: Console, command: Callable[[Job, Console], Any]) -> int:
-    """Run every job of a command that writes no run folder, as `eval`, and return the exit code.
-
-    Raises:
-        UsageError: two jobs would write the same file; none was run.
-    """
-    refuse_same_files(jobs)
-    is_eval = isinstance(jobs[0].config, EvalConfig)  # whose first line says what counts
-    inner = Console(quiet=console.quiet, as_json=console.as_json, brief=is_eval)
-    documents, shared = [], shared_words(jobs)
-    for number, job in enumerate(jobs, 1):
-        console.say(f"job {number}/{len(jobs)}  {difference(job, shared) or 'as it stands'}")
-        documents.append(outcome_of(job, partial(command, job, inner), console))
-    return finish_each(console, documents)
-
-
-def finish_each(console: Console, documents: Sequence[Document]) -> int:
-    """The end of a sweep that has no folder."""
-    document: dict[str, Any] = {"sweep_dir": None, "jobs": list(documents)}
-    failed = [document for document in documents if "exit_code" in document]
-    if not failed:
-        console.document(document)
-        return 0
-    message = f"{len(failed)} of {len(documents)} jobs failed"
-    return _fail(console, SweepError(message, "run the first of them alone to see more"), document)
-
-
-def outcome_of(job: Job, call: Callable[[], Any], console: Console) -> Document:
-    """The document of a job, or one of its failure: a failed job never stops the rest.
-
-    A list, as `predict` gives it, comes under the key `answers`.
-    """
-    try:
-        document = call()
-        return {"answers": document} if isinstance(document, list) else document
-    except Exception as error:
-        document = failure(error, job)
-        console.say(f"failed: {document['error']}")
-        if not isinstance(error, MnistCliError):
-            traceback.print_exc()
-        return document

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mnist_cli import formats
-from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console, LiveTable
 from mnist_cli.sweep import leaderboard
-from mnist_cli.sweep.job import Document, Job
+from mnist_cli.sweep.job import Document, TrainJob, place_of
 
 HEADERS = ("job", "what differs", "state", "best", "time")
 
@@ -47,15 +46,15 @@ class Board:
         self._lines: dict[str, Line] = {}
         self._ended: list[Line] = []
 
-    def add(self, job: Job, label: str, number: int) -> None:
-        self._lines[_key(job)] = Line(number, label)
+    def add(self, job: TrainJob, label: str, number: int) -> None:
+        self._lines[place_of(job)] = Line(number, label)
 
-    def skipped(self, job: Job, document: Document) -> None:
+    def skipped(self, job: TrainJob, document: Document) -> None:
         self._end(job, document, "done before")
 
-    def started(self, jobs: Sequence[Job]) -> None:
+    def started(self, jobs: Sequence[TrainJob]) -> None:
         """A job has started, or several as one stack."""
-        lines = [self._lines[_key(job)] for job in jobs]
+        lines = [self._lines[place_of(job)] for job in jobs]
         for line in lines:
             line.state, line.started_s = "starting", time.monotonic()
         if self._live is None:
@@ -63,9 +62,8 @@ class Board:
             self._console.say(f"start    {self._name(lines[0]) if len(lines) == 1 else many}")
         self.draw()
 
-    def epoch(self, job: Job, epoch: int, value: float | None) -> None:
-        line = self._lines[_key(job)]
-        assert isinstance(job.config, TrainConfig)
+    def epoch(self, job: TrainJob, epoch: int, value: float | None) -> None:
+        line = self._lines[place_of(job)]
         line.state, line.metric = f"epoch {epoch}/{job.config.epochs}", job.config.monitored
         if value is not None:
             sign = 1 if leaderboard.is_higher_better(line.metric) else -1
@@ -73,11 +71,11 @@ class Board:
             line.best = value if is_better else line.best
         self.draw()
 
-    def ended(self, job: Job, document: Document) -> None:
+    def ended(self, job: TrainJob, document: Document) -> None:
         state = "failed" if "exit_code" in document else leaderboard.state_of(document)
         self._end(job, document, {"completed": "done"}.get(state, state))
 
-    def given_over(self, job: Job) -> None:
+    def given_over(self, job: TrainJob) -> None:
         """Another process runs the same job."""
         self._end(job, {}, "elsewhere")
 
@@ -97,8 +95,8 @@ class Board:
         caption = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         self._live.show(HEADERS, [line.cells() for line in shown], 3, caption)
 
-    def _end(self, job: Job, document: Document, state: str) -> None:
-        line = self._lines[_key(job)]
+    def _end(self, job: TrainJob, document: Document, state: str) -> None:
+        line = self._lines[place_of(job)]
         line.state = state
         line.seconds = time.monotonic() - line.started_s if line.started_s else None
         best = document.get("best")
@@ -121,8 +119,3 @@ class Board:
 
     def _name(self, line: Line) -> str:
         return f"{line.number}/{self._total}  {line.label}"
-
-
-def _key(job: Job) -> str:
-    assert isinstance(job.config, TrainConfig)
-    return str(job.config.out)

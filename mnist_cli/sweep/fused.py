@@ -17,22 +17,21 @@ from typing import NoReturn
 import torch
 
 from mnist_cli import dataset, loop, outcome, stacked, train
-from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset
 from mnist_cli.errors import Interrupted, ResourceError, is_out_of_memory
 from mnist_cli.options import DatasetConfig
 from mnist_cli.outcome import Run
 from mnist_cli.signals import SignalWatch
-from mnist_cli.sweep.job import Document, Job, failed, failure
+from mnist_cli.sweep.job import Document, TrainJob, failed, failure
 
 MAX_DATA_BYTES = 2**30  # of the data of a stack, which has a copy for each seed
 
-OnEpoch = Callable[[Job, int, float | None], object]
-OnEnd = Callable[[Job, Document], None]
+OnEpoch = Callable[[TrainJob, int, float | None], object]
+OnEnd = Callable[[TrainJob, Document], None]
 
 
-def run(jobs: Sequence[Job], signals: SignalWatch, on_epoch: OnEpoch, on_end: OnEnd) -> None:
+def run(jobs: Sequence[TrainJob], signals: SignalWatch, on_epoch: OnEpoch, on_end: OnEnd) -> None:
     """Train jobs of one group together, whatever happens to some of them.
 
     Jobs that were cut off at different steps, and those whose data together would take too much
@@ -58,13 +57,12 @@ def run(jobs: Sequence[Job], signals: SignalWatch, on_epoch: OnEpoch, on_end: On
 class _Member:
     """A job of the sweep, its run, and what holds the run's folder."""
 
-    job: Job
+    job: TrainJob
     run: Run
     held: contextlib.ExitStack
 
 
-def _seed(job: Job) -> int:
-    assert isinstance(job.config, TrainConfig)
+def _seed(job: TrainJob) -> int:
     return job.config.seed
 
 
@@ -72,7 +70,7 @@ def _step(member: _Member) -> int:
     return member.run.learner.progress.step
 
 
-def _open(left: list[Job], held: contextlib.ExitStack, on_end: OnEnd) -> list[_Member]:
+def _open(left: list[TrainJob], held: contextlib.ExitStack, on_end: OnEnd) -> list[_Member]:
     """Take from `left` what goes into memory, and hold its run folders."""
     official = functools.cache(dataset.official)
 
@@ -90,7 +88,6 @@ def _open(left: list[Job], held: contextlib.ExitStack, on_end: OnEnd) -> list[_M
             if _seed(left[0]) != last.seed and (num_loaded + 1) * num_bytes > MAX_DATA_BYTES:
                 break
         job, console = left.pop(0), Console(quiet=True)
-        assert isinstance(job.config, TrainConfig)
         try:
             opening = train.opened(job.config, console, job.typed, time.monotonic(), load)
             own = held.enter_context(contextlib.ExitStack())

@@ -15,20 +15,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from mnist_cli import __version__, durable
 from mnist_cli import run as runs
-from mnist_cli.config import (
-    Config,
-    EvalConfig,
-    ExportConfig,
-    PredictConfig,
-    ReportConfig,
-    SweepConfig,
-    TrainConfig,
-    config_hash,
-)
+from mnist_cli.config import Config, SweepConfig, TrainConfig, config_hash
 from mnist_cli.console import Console
 from mnist_cli.errors import (
     Interrupted,
@@ -37,7 +28,6 @@ from mnist_cli.errors import (
     PrunedError,
     UsageError,
     one_line,
-    shown,
 )
 from mnist_cli.imports import importing
 from mnist_cli.run import RunFolder
@@ -48,11 +38,14 @@ SWEEPS = "outputs/sweep"
 Document = dict[str, Any]
 
 
-class Job(NamedTuple):
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class Job(NamedTuple, Generic[ConfigT]):
     """One job: the overrides that make it, and the configuration that came of them."""
 
     words: tuple[str, ...]
-    config: Config
+    config: ConfigT
 
     @property
     def typed(self) -> list[str]:
@@ -60,14 +53,15 @@ class Job(NamedTuple):
         return [word.lstrip("+~").partition("=")[0] for word in self.words]
 
 
-def folder_of(jobs: Sequence[Job], settings: SweepConfig | None) -> Path | None:
-    """The folder of a sweep of `train`, made if need be; None for commands that write nothing.
+TrainJob = Job[TrainConfig]
+
+
+def folder_of(jobs: Sequence[TrainJob], settings: SweepConfig) -> Path:
+    """The folder of a sweep, made if need be.
 
     Raises:
         UsageError: two folders are named, or one that doesn't fit; nothing was written.
     """
-    if settings is None or not isinstance(jobs[0].config, TrainConfig):
-        return None
     if jobs[0].config.resume is not None:
         raise UsageError(
             "resume= names one run, -m asks for many", "type sweep.resume=DIR to go on with a sweep"
@@ -109,68 +103,21 @@ def folder_of(jobs: Sequence[Job], settings: SweepConfig | None) -> Path | None:
     return folder
 
 
-def refuse_same_files(jobs: Sequence[Job]) -> None:
-    """Refuse jobs of which one would write over what another wrote.
-
-    Raises:
-        UsageError: nothing was written.
-    """
-    seen: dict[tuple[object, ...], Job] = {}
-    for job in jobs:
-        file = _file_of(job.config)
-        if file is None:
-            continue
-        other = seen.setdefault(file, job)
-        if other is not job:
-            shared = shared_words([other, job])
-            first, second = difference(other, shared), difference(job, shared)
-            hint = "run them one by one, each with an out=DIR of its own"
-            if second.startswith("checkpoint="):
-                hint = "type a folder for each: 'out=DIR/${checkpoint}'"
-            raise UsageError(
-                f"two jobs would write the same file in {shown(file[0])}: {first} and {second}",
-                hint,
-            )
-
-
-def _file_of(config: Config) -> tuple[object, ...] | None:
-    """What a job of another command than `train` writes: the folder, and what names the file there.
-
-    None for one that writes nothing.
-    """
-    match config:
-        case ExportConfig():
-            source = Path(config.checkpoint)
-            run = source.parent if source.suffix == ".safetensors" else source
-            folder = config.out or str(run)
-            return _absolute(folder), config.format, config.quantize
-        case EvalConfig(out=str(out)) | PredictConfig(out=str(out)):
-            return (_absolute(out),)
-        case ReportConfig(out=str(out)):
-            return _absolute(out), len(config.run)
-    return None
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def shared_words(jobs: Sequence[Job]) -> frozenset[str]:
+def shared_words(jobs: Sequence[Job[Any]]) -> frozenset[str]:
     """The overrides that all jobs share; of a single job all."""
     return frozenset.intersection(*(frozenset(job.words) for job in jobs))
 
 
-def difference(job: Job, shared: frozenset[str]) -> str:
+def difference(job: Job[Any], shared: frozenset[str]) -> str:
     """What tells `job` from the others: its overrides without the `shared` ones."""
     return " ".join(word for word in job.words if word not in shared)
 
 
-def placed(job: Job, folder: Path, label: str) -> Job:
+def placed(job: TrainJob, folder: Path, label: str) -> TrainJob:
     """`job` with a run folder of its own: its `label`, as far as it goes, and a hash of everything.
 
     A folder of the same hash is continued, as `resume=auto` does.
     """
-    assert isinstance(job.config, TrainConfig)
     slug = re.sub(r"[^A-Za-z0-9.=_+-]+", "_", label.replace(" ", ","))[:60]
     path = folder / f"{slug.strip('_.') or 'job'}{_ending(job)}"
     if not path.exists():  # the words may be others than they were; the hash knows no device
@@ -180,8 +127,12 @@ def placed(job: Job, folder: Path, label: str) -> Job:
     return Job(job.words, dataclasses.replace(job.config, out=str(path), resume=resume))
 
 
-def _ending(job: Job) -> str:
-    assert isinstance(job.config, TrainConfig)
+def place_of(job: TrainJob) -> str:
+    """The folder of a job that is `placed`: no other has it."""
+    return str(job.config.out)
+
+
+def _ending(job: TrainJob) -> str:
     return f"-{config_hash(job.config)[:8]}"
 
 
@@ -190,10 +141,9 @@ def _device_of(folder: Path) -> str | None:
     return leaderboard.command_in(folder).get("device")
 
 
-def result_of(job: Job, with_pruned: bool = False) -> Document | None:
+def result_of(job: TrainJob, with_pruned: bool = False) -> Document | None:
     """result.json of a job that is done, or was given up; None if it has still to run."""
-    assert isinstance(job.config, TrainConfig) and job.config.out is not None
-    result = RunFolder(Path(job.config.out)).read_result()
+    result = RunFolder(Path(place_of(job))).read_result()
     if result is None or result["config_hash"] != config_hash(job.config):
         return None
     done = ("completed", "pruned") if with_pruned else ("completed",)
@@ -201,7 +151,7 @@ def result_of(job: Job, with_pruned: bool = False) -> Document | None:
 
 
 def run_job(
-    job: Job,
+    job: TrainJob,
     console: Console,
     signals: SignalWatch,
     should_stop: Callable[[int, float | None], bool] | None = None,
@@ -215,7 +165,6 @@ def run_job(
         from mnist_cli import train
 
     config, started_s = job.config, time.monotonic()
-    assert isinstance(config, TrainConfig)
     watch = {} if should_stop is None else {"should_stop": should_stop}
     try:
         return train.run(config, console, job.typed, started_s, signals=signals, **watch)
@@ -224,10 +173,10 @@ def run_job(
 
 
 def run_jobs(
-    jobs: Sequence[Job],
+    jobs: Sequence[TrainJob],
     signals: SignalWatch,
-    on_epoch: Callable[[Job, int, float | None], bool],
-    on_end: Callable[[Job, Document], None],
+    on_epoch: Callable[[TrainJob, int, float | None], bool],
+    on_end: Callable[[TrainJob, Document], None],
 ) -> None:
     """Train one job, or several as one stack.
 
@@ -252,10 +201,9 @@ def run_jobs(
         raise
 
 
-def failed(error: Exception, job: Job) -> Document:
+def failed(error: Exception, job: TrainJob) -> Document:
     """The document of a job that `error` has ended, which is recorded in its folder."""
     config, document = job.config, failure(error, job)
-    assert isinstance(config, TrainConfig)
     if isinstance(error, PrunedError):
         return RunFolder(Path(config.out or "")).read_result() or document
     if document["exit_code"] != LockedError.exit_code:  # else the folder is somebody else's
@@ -263,7 +211,7 @@ def failed(error: Exception, job: Job) -> Document:
     return document
 
 
-def failure(error: BaseException, job: Job | None) -> Document:
+def failure(error: BaseException, job: Job[Any] | None) -> Document:
     """The document of a job that failed, or that a signal stopped; None for one without a place."""
     where = {"run_dir": None if job is None else job.config.out}
     if isinstance(error, MnistCliError | Interrupted):

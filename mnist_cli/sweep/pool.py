@@ -19,10 +19,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from mnist_cli.config import TrainConfig, to_plain
+from mnist_cli.config import to_plain
 from mnist_cli.errors import Interrupted, SweepError
 from mnist_cli.signals import STOP_SIGNALS, SignalWatch
-from mnist_cli.sweep.job import Document, Job, failure, record, run_jobs
+from mnist_cli.sweep.job import Document, TrainJob, failure, record, run_jobs
 
 TICK_S = 0.2  # how often the live table counts on
 
@@ -33,13 +33,13 @@ class Plan(Protocol):
     asks: bool  # whether a job has to wait for the answer of `should_stop`
     names_gpu: bool  # whether jobs name a GPU, as device=cuda:1
 
-    def next_jobs(self) -> Sequence[Job]:
+    def next_jobs(self) -> Sequence[TrainJob]:
         """What to start now, several as one stack; empty when nothing is left, for good."""
 
-    def should_stop(self, job: Job, epoch: int, value: float | None) -> bool:
+    def should_stop(self, job: TrainJob, epoch: int, value: float | None) -> bool:
         """An epoch is over, with this monitored value: whether the job is to be given up."""
 
-    def ended(self, job: Job, document: Document) -> None:
+    def ended(self, job: TrainJob, document: Document) -> None:
         """A job is over, with its result or its failure."""
 
     def tick(self) -> None:
@@ -79,7 +79,7 @@ class Worker:
 
     process: subprocess.Popen[bytes]
     slot: int
-    jobs: Sequence[Job] = ()
+    jobs: Sequence[TrainJob] = ()
     left: set[int] = dataclasses.field(default_factory=set)
     rest: bytes = b""
 
@@ -164,7 +164,7 @@ def _stdout(worker: Worker) -> Any:
     return worker.process.stdout
 
 
-def _give(worker: Worker, jobs: Sequence[Job], plan: Plan) -> None:
+def _give(worker: Worker, jobs: Sequence[TrainJob], plan: Plan) -> None:
     worker.jobs, worker.left = jobs, set(range(len(jobs)))
     listed = [{"words": job.words, "config": to_plain(job.config)} for job in jobs]
     worker.send({"jobs": listed, "asks": plan.asks})
@@ -198,7 +198,6 @@ def _note_end(worker: Worker, plan: Plan, signals: SignalWatch) -> None:
     error = SweepError(f"the process of the job was ended by {how}", hint)
     for place in sorted(worker.left):
         job = worker.jobs[place]
-        assert isinstance(job.config, TrainConfig)
         record(job.config, error.message, f"error: {error.message}\nhint: {error.hint}\n")
         plan.ended(job, failure(error, job))
 

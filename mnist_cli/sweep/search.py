@@ -16,7 +16,7 @@ from mnist_cli.errors import LockedError, MnistCliError, UsageError
 from mnist_cli.imports import importing
 from mnist_cli.run import as_typed
 from mnist_cli.sweep.board import Board
-from mnist_cli.sweep.job import Document, Job, failure, has_failed, placed, result_of
+from mnist_cli.sweep.job import Document, TrainJob, failure, has_failed, place_of, placed, result_of
 from mnist_cli.sweep.space import Space, words_of
 from mnist_cli.sweep.study import Study
 
@@ -68,7 +68,7 @@ def check(settings: SweepConfig, space: Space, config: TrainConfig) -> list[str]
     return objectives
 
 
-def _fixed(config: TrainConfig, space: Space) -> dict[str, str]:
+def fixed(config: TrainConfig, space: Space) -> dict[str, str]:
     """What nobody chose between, {key: value as typed}, of a job of the search."""
     typed = {
         key.removesuffix(".name"): as_typed(value)
@@ -83,39 +83,32 @@ def _fixed(config: TrainConfig, space: Space) -> dict[str, str]:
 class Search:
     """The plan of a search: a new trial whenever there is room, until there are enough.
 
-    Made behind the door of its folder.
-
     Args:
         space: what may be chosen.
         make_job: composes and checks a job of the overrides that were chosen.
-        config: of a job like those that will be made.
-
-    Raises:
-        UsageError: the folder holds a search of something else.
+        names_gpu: whether jobs name a GPU, as device=cuda:1.
     """
 
     def __init__(
         self,
         folder: durable.SharedFolder,
+        study: Study,
+        board: Board,
         space: Space,
-        make_job: Callable[[Sequence[str]], Job],
+        make_job: Callable[[Sequence[str]], TrainJob],
         settings: SweepConfig,
-        objectives: Sequence[str],
-        config: TrainConfig,
+        names_gpu: bool,
     ) -> None:
-        self._folder, self._space, self._make_job = folder, space, make_job
+        self._folder, self._study, self._board = folder, study, board
+        self._space, self._make_job = space, make_job
         self._fail_fast = settings.fail_fast
         self.asks = settings.pruner != "none"
-        self.names_gpu = config.device.startswith("cuda:")
+        self.names_gpu = names_gpu
         self.documents: list[Document] = []
         self._running: dict[str, list[optuna.Trial]] = {}
         self._is_over = False
-        is_alone = folder.arrive()
-        fixed = _fixed(config, space)
-        self.study = Study(folder.path, space, settings, objectives, fixed, config.seed, is_alone)
-        self.board: Board | None = None
 
-    def next_jobs(self) -> Sequence[Job]:
+    def next_jobs(self) -> Sequence[TrainJob]:
         while (trial := self._next_trial()) is not None:
             words = words_of(self._space, trial.params)
             label = " ".join(words)
@@ -124,55 +117,52 @@ class Search:
             except MnistCliError as error:  # a combination that doesn't go together
                 self._tell([trial], failure(error, None))
                 continue
-            key = str(job.config.out)
+            key = place_of(job)
             if key in self._running:  # the same choice a second time
                 self._running[key].append(trial)
                 continue
-            assert self.board is not None
             shown = " ".join(words_of(self._space, trial.params, digits=4))
-            self.board.add(job, shown, trial.number + 1)
+            self._board.add(job, shown, trial.number + 1)
             done = result_of(job, with_pruned=self.asks)
             if done is not None:
                 self._tell([trial], done)
-                self.board.skipped(job, done)
+                self._board.skipped(job, done)
                 continue
             self._running[key] = [trial]
-            self.board.started([job])
+            self._board.started([job])
             return [job]
         return []
 
     def _next_trial(self) -> optuna.Trial | None:
         while not self._is_over:
-            trial = self.study.ask()
+            trial = self._study.ask()
             if trial is not None or self._running:
                 return trial
             with self._folder.door():
-                if not (self._folder.arrive() and self.study.take_up()):
+                if not (self._folder.arrive() and self._study.take_up()):
                     self._is_over = True
                     self._folder.leave()  # so that one of several that end now is the last
         return None
 
-    def should_stop(self, job: Job, epoch: int, value: float | None) -> bool:
-        assert self.board is not None and isinstance(job.config, TrainConfig)
-        self.board.epoch(job, epoch, value)
-        trial = self._running[str(job.config.out)][0]
+    def should_stop(self, job: TrainJob, epoch: int, value: float | None) -> bool:
+        self._board.epoch(job, epoch, value)
+        trial = self._running[place_of(job)][0]
         if not self.asks or value is None:
             return False
         trial.report(value, epoch)
         return epoch < job.config.epochs and bool(trial.should_prune())  # numpy's bool is no JSON
 
-    def ended(self, job: Job, document: Document) -> None:
-        assert self.board is not None
-        trials = self._running.pop(str(job.config.out))
+    def ended(self, job: TrainJob, document: Document) -> None:
+        trials = self._running.pop(place_of(job))
         if document.get("exit_code") == LockedError.exit_code and not self._is_alone():
-            self.study.give_over(trials)  # another process chose the same
-            self.board.given_over(job)
+            self._study.give_over(trials)  # another process chose the same
+            self._board.given_over(job)
             return
         if document.get("exit_code", 0) < 128:
             self._tell(trials, document)
         else:  # one that a signal stopped goes on some day
             self.documents.append(document)
-        self.board.ended(job, document)
+        self._board.ended(job, document)
 
     def _is_alone(self) -> bool:
         with self._folder.door():
@@ -180,10 +170,9 @@ class Search:
 
     def _tell(self, trials: Sequence[optuna.Trial], document: Document) -> None:
         self.documents.append(document)
-        self.study.tell(trials, document)
+        self._study.tell(trials, document)
         if has_failed(document) and self._fail_fast:
             self._is_over = True
 
     def tick(self) -> None:
-        assert self.board is not None
-        self.board.draw()
+        self._board.draw()

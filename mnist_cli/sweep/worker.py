@@ -28,7 +28,7 @@ from mnist_cli.config import train_config
 from mnist_cli.errors import Interrupted
 from mnist_cli.imports import importing
 from mnist_cli.signals import STOP_SIGNALS, SignalWatch
-from mnist_cli.sweep.job import Document, Job, run_jobs
+from mnist_cli.sweep.job import Document, TrainJob, run_jobs
 
 
 def main() -> int:
@@ -78,14 +78,14 @@ def _train(
     jobs = []
     for each in order["jobs"]:
         plugin.use(each["config"]["plugin"])  # they were typed for the sweep
-        jobs.append(Job(tuple(each["words"]), train_config(each["config"])))
+        jobs.append(TrainJob(tuple(each["words"]), train_config(each["config"])))
 
-    def should_stop(job: Job, epoch: int, value: float | None) -> bool:
+    def should_stop(job: TrainJob, epoch: int, value: float | None) -> bool:
         _write(out, {"job": jobs.index(job), "epoch": epoch, "value": value})
         answer = lines.get() if order["asks"] else b""
         return bool(answer and json.loads(answer)["stop"])
 
-    def ended(job: Job, document: Document) -> None:
+    def ended(job: TrainJob, document: Document) -> None:
         _write(out, {"job": jobs.index(job), "ended": document})
 
     run_jobs(jobs, signals, should_stop, ended)
