@@ -1,16 +1,30 @@
 """The program: `mnist-cli`, or `python -m mnist_cli`."""
 
+import os
+import signal
 import sys
-
-from mnist_cli.cli import main
-from mnist_cli.signals import ignore_them
+import types
 
 
 def program() -> int:
     """Run the command line of this process; its exit code, which no signal changes any more."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
+    from mnist_cli.cli import main
+    from mnist_cli.signals import ignore_them
+
     code = main()
     ignore_them()
     return code
+
+
+def _leave(number: int, frame: types.FrameType | None) -> None:
+    """End the process, which has done nothing yet but import its first modules."""
+    name = signal.Signals(number).name
+    lines = f"error: interrupted by {name}\nhint: type the command again to start over\n"
+    os.write(2, lines.encode())
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

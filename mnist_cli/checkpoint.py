@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from mnist_cli.errors import (
     shown,
 )
 from mnist_cli.model import build_model
-from mnist_cli.options import UntypedPluginError
+from mnist_cli.options import PluginModelConfig, UntypedPluginError
 from mnist_cli.runtime import Host
 from mnist_cli.typed import Range, parse
 
@@ -68,7 +67,7 @@ class Progress:
         step: optimizer steps taken.
         loss_sum: sum of the training losses of this epoch's samples so far.
         epoch_s: seconds this epoch has taken so far.
-        train_s: seconds spent training, all epochs.
+        train_s: seconds spent training, of all epochs that are done.
         best: the selected epoch so far.
         stale_epochs: epochs since the selected value last improved; a tie is no improvement.
         loss_scale: of float16 training, else None.
@@ -164,31 +163,6 @@ def _dense(tensor: Tensor) -> Tensor:
         .to("cpu", torch.float32, memory_format=torch.contiguous_format)
         .clone(memory_format=torch.contiguous_format)
     )
-
-
-def find(path: str) -> Path:
-    """The file that `path` means: a run folder means its best checkpoint.
-
-    Raises:
-        CheckpointError: there is no such file.
-    """
-    hint = "name a run folder or a .safetensors file: checkpoint=RUN"
-    try:
-        found = Path(path).expanduser()
-        if found.is_dir():
-            last, found = found / "last.safetensors", found / "best.safetensors"
-            if last.exists():
-                hint = f"nothing is selected yet; type {shlex.quote(f'checkpoint={last}')}"
-        if found.suffix == ".pt2" and found.exists():
-            raise CheckpointError(
-                f"{found} is a program for torch.export.load, and not read here",
-                "name its run folder, or export format=onnx",
-            )
-        if found.exists():
-            return found
-    except (OSError, ValueError, RuntimeError) as error:  # the last: of an unknown ~user
-        raise CheckpointError(f"can't open {shown(path)}: {error}", "check the path") from error
-    raise CheckpointError(f"no checkpoint at {found}", hint)
 
 
 def load(path: Path) -> Checkpoint:
@@ -399,13 +373,19 @@ def _check_tensors(
     shapes = {f"model.{name}": list(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: _shape(name, entry) for name, entry in header.items()}
     missing = sorted(shapes.keys() - found.keys())
-    states = {
-        f"optim.{name}.{key}": [] if key == "step" else list(parameter.shape)
+    of_parameters = {
+        name: {
+            f"optim.{name}.{key}": [] if key == "step" else list(parameter.shape)
+            for key in optim.state_names(config.optim)
+        }
         for name, parameter in model.named_parameters()
-        for key in optim.state_names(config.optim)
     }
-    if any(name.startswith("optim.") for name in found):
-        missing += sorted(states.keys() - found.keys())
+    states = {key: shape for own in of_parameters.values() for key, shape in own.items()}
+    has_states = any(name.startswith("optim.") for name in found)
+    is_plugin = isinstance(config.model, PluginModelConfig)  # which may have what is never trained
+    for own in of_parameters.values():
+        if any(key in found for key in own) if is_plugin else has_states:
+            missing += sorted(own.keys() - found.keys())
     extra = sorted(found.keys() - shapes.keys() - states.keys())
     if missing or extra:
         names = ", ".join(shown(name) for name in (missing or extra)[:5])

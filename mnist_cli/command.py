@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_cli import conf
+from mnist_cli import conf, find
+from mnist_cli import run as runs
 from mnist_cli.config import DemoConfig, EvalConfig, PredictConfig, ReportConfig, TrainConfig
 from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted, UsageError, one_line
@@ -35,6 +36,7 @@ def run(config: Any, typed: Sequence[str], console: Console, started_s: float | 
         config = dataclasses.replace(config, out=out)
         if os.path.isfile(out):
             raise UsageError(f"out={out} is a file", "name a folder: out=DIR")
+    _look(config)
     with importing():
         run_it = _imported(config)
     if isinstance(config, TrainConfig):
@@ -43,6 +45,15 @@ def run(config: Any, typed: Sequence[str], console: Console, started_s: float | 
     if isinstance(config, EvalConfig | PredictConfig):
         console.require_delivered()
     return document
+
+
+def _look(config: Any) -> None:
+    """Raises UsageError or CheckpointError: a path is wrong, which the command would find too."""
+    if isinstance(config, TrainConfig):
+        if find.run_to_resume(config) is None and config.out is not None:
+            runs.refuse_taken(Path(config.out), config.resume == "auto")
+    elif not isinstance(config, ReportConfig):
+        find.checkpoint(config.checkpoint)
 
 
 def _imported(config: Any) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ need as well: `multirun.py` runs the lines with `-m`, `hydra_main.py` those that
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from mnist_cli import command, conf, cpu, logger, plugin
 from mnist_cli.config import (
     TrainConfig,
+    absolute,
     demo_config,
     eval_config,
     export_config,
@@ -35,6 +37,7 @@ from mnist_cli.console import Console
 from mnist_cli.errors import UsageError, shown
 from mnist_cli.explain import hydra_errors, no_such_key
 from mnist_cli.line import Line
+from mnist_cli.options import EmnistConfig, ImageFilesConfig
 from mnist_cli.run import quoted
 from mnist_cli.signals import held
 from mnist_cli.typed import UnknownKeyError, unknown_key
@@ -144,11 +147,20 @@ def checked(line: Line, composed: DictConfig) -> Any:
     except UnknownKeyError as error:
         raise no_such_key(line, error.key) from None
     if isinstance(config, TrainConfig):
+        config = _with_absolute_root(config)
         logger.require(config.logger)
         _check_allowed(line, config)
         _check_patience(config)
         _check_precision(config)
     return config
+
+
+def _with_absolute_root(config: TrainConfig) -> TrainConfig:
+    """`config` with a `dataset.root` that means the same from any folder: checkpoints keep it."""
+    data = config.dataset
+    if not isinstance(data, ImageFilesConfig | EmnistConfig) or data.root is None:
+        return config
+    return dataclasses.replace(config, dataset=dataclasses.replace(data, root=absolute(data.root)))
 
 
 def _check_allowed(line: Line, config: TrainConfig) -> None:
@@ -270,7 +282,9 @@ def _with_quoted_path(word: str, is_multirun: bool) -> str:
         return word if plain else f"{key}={','.join(quoted(part) for part in parts)}"
     if value[0] == "[" and value[-1] == "]":
         return word
-    paths = [value] if plain else [quoted(part) for part in value.split(",")]
+    is_one = os.path.lexists(os.path.expanduser(value))  # maybe with a comma in its name
+    parts = [value] if is_one else value.split(",")
+    paths = [value] if plain else [quoted(part) for part in parts]
     return (
         f"{key}={','.join(f'[{path}]' for path in paths)}"
         if is_multirun

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -166,6 +167,12 @@ OBJECTIVES: dict[str, Literal["minimize", "maximize"]] = {
     "num_params": "minimize",
 }
 
+
+def is_maximized(metric: str) -> bool:
+    """Whether the highest value of `metric` is the best."""
+    return OBJECTIVES.get(metric) == "maximize"
+
+
 # Keys of `train` that don't change the numbers of a run; they may differ when one is resumed.
 FREE_KEYS = (
     "device",
@@ -205,7 +212,7 @@ def train_config(data: object) -> TrainConfig:
     if config.resume == "auto" and config.out is None:
         raise UsageError("resume=auto needs out=DIR", "name the folder: resume=auto out=DIR")
     if config.resume not in (None, "auto"):
-        if config.out is not None:
+        if config.out is not None and absolute(config.out) != absolute(str(config.resume)):
             raise UsageError(
                 f"resume={config.resume} and out={config.out} name two folders",
                 "drop out=: a run is continued in its own folder",
@@ -310,6 +317,11 @@ def report_config(data: object) -> ReportConfig:
             f"run= names {len(config.run)} runs", "name one, or two to compare: run=A,B"
         )
     return config
+
+
+def absolute(path: str) -> str:
+    """`path` as it is meant here, for those who stand in another folder."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _check_out(out: str | None) -> None:

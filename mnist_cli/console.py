@@ -46,9 +46,11 @@ class Console:
     def _stream(self) -> IO[str]:
         return sys.stderr if self.as_json else sys.stdout
 
-    def say(self, text: str = "") -> None:
-        """One line (or several), as it is."""
+    def say(self, text: str = "", short: str | None = None) -> None:
+        """One line (or several), as it is; on a terminal without room for it, `short`."""
         self._to_log(text + "\n")
+        if short and self._stream.isatty() and len(text) > _rich(self._stream).width:
+            text = short
         self._print(text, self._stream)
 
     def record(self, text: str) -> None:
@@ -74,7 +76,7 @@ class Console:
         """A table; its first columns are text, the others are numbers and stand to the right."""
         table = self._table(headers, rows, num_texts)
         plain = io.StringIO()
-        _rich(plain, width=max(_width(headers, rows), 1)).print(table)
+        _rich(plain, width=max(_width(headers, rows), 1), is_plain=True).print(table)
         if self._progress is None and not (self.quiet or self.brief) and self._stream.isatty():
             self._to_log(plain.getvalue())
             _rich(self._stream).print(table)
@@ -322,7 +324,13 @@ def _width(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     return sum(_widths(headers, rows)) + 2 * len(headers) + 2
 
 
-def _rich(stream: IO[str], width: int | None = None) -> RichConsole:
+def _rich(stream: IO[str], width: int | None = None, is_plain: bool = False) -> RichConsole:
     from rich.console import Console as RichConsole
 
-    return RichConsole(file=stream, highlight=False, markup=False, width=width)
+    return RichConsole(
+        file=stream,
+        highlight=False,
+        markup=False,
+        width=width,
+        force_terminal=False if is_plain else None,  # whatever FORCE_COLOR says
+    )

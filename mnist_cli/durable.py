@@ -74,8 +74,11 @@ def make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, elsewhere: str = "name another folder with out=DIR") -> Iterator[None]:
     """Turn an OSError of the block into a ResourceError that names `path`.
+
+    Args:
+        elsewhere: what to do if it can't be written there.
 
     Raises:
         UsageError: a file stands where a folder is wanted, or the name is too long.
@@ -83,7 +86,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _denied(f"can't write {path}", error, "name another folder with out=DIR") from error
+        raise _denied(f"can't write {path}", error, elsewhere) from error
 
 
 @contextlib.contextmanager
@@ -156,8 +159,8 @@ def locked(folder: Path) -> Iterator[None]:
         LockedError: another process holds it.
         ResourceError: it can't be written, or its file system has no locks.
     """
-    path = folder / ".lock"
-    with writing(path):
+    path, elsewhere = folder / ".lock", "take another folder"
+    with writing(path, elsewhere):
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o644)
     try:
@@ -171,9 +174,8 @@ def locked(folder: Path) -> Iterator[None]:
                 f"wait for it{stop}, or name another folder",
             ) from None
         except OSError as error:  # a file system without locks
-            elsewhere = "name another folder with out=DIR"
             raise _denied(f"can't lock {folder}", error, elsewhere) from error
-        with writing(path):
+        with writing(path, elsewhere):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())
         try:

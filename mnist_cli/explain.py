@@ -65,8 +65,11 @@ def no_such_key(line: Line, key: str) -> UsageError:
         if key in [known_key.path for known_key in option.keys]
     ]
     if owners:
+        typed = _word_of(line, group).partition("=")[2].split(",")
+        without = [name for name in typed if name in conf.options(group, line.config_dirs)]
+        without = [f"{group}={name}" for name in without if name not in owners]
         return UsageError(
-            f"the chosen {group} has no key {shown(key)}",
+            f"{' and '.join(without) or f'the chosen {group}'} has no key {shown(key)}",
             f"{key} belongs to {group}={', '.join(owners)}",
         )
     beside = [other for other in known if other.startswith(f"{group}.")]
@@ -121,7 +124,7 @@ def _unreadable(line: Line, word: str) -> UsageError:
             "export": f"type checkpoint={word}",
             "demo": f"type checkpoint={word}",
             "report": f"type run={word}",
-            "predict": f"type checkpoint=RUN images={word}",
+            "predict": f"type {_missing_of_predict(line, word)}",
         }
         return UsageError(
             f"{shown(word)} is not an override",
@@ -131,6 +134,14 @@ def _unreadable(line: Line, word: str) -> UsageError:
     if bare != word:
         return UsageError(f"can't read {shown(word)}", f"type {shlex.quote(bare)}")
     return UsageError(f"can't read the value of {shown(word)}", f"quote it: \"{key}='{value}'\"")
+
+
+def _missing_of_predict(line: Line, word: str) -> str:
+    """What `word` alone was meant for, by what else was typed."""
+    keys = {each.partition("=")[0] for each in line.overrides}
+    if "images" in keys:
+        return f"checkpoint={word}"
+    return f"images={word}" if "checkpoint" in keys else f"checkpoint=RUN images={word}"
 
 
 def _unknown_option(line: Line, group: str, name: str, options: list[str]) -> UsageError:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_cli import __version__, durable, onnx_file, scoring, seal
+from mnist_cli import __version__, durable, find, onnx_file, scoring, seal
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.config import ExportConfig, to_plain
@@ -62,7 +62,7 @@ def run(config: ExportConfig, console: Console) -> dict[str, Any]:
         ParityError: the export answers differently; no file is left.
         ResourceError: the file can't be written.
     """
-    source = checkpoints.find(config.checkpoint)
+    source = find.checkpoint(config.checkpoint)
     found = checkpoints.load(source)
     target = _target(config, source)
     if config.quantize != "none" and found.spec.task == "regression":

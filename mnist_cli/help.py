@@ -147,7 +147,10 @@ def _chosen(what: str | None, config_dirs: Sequence[str | Path]) -> dict[str, li
     group, equals, name = (what or "").partition("=")
     groups = (*conf.GROUPS, conf.EXPERIMENT)
     if what is not None and group not in groups:
-        raise UsageError(f"unknown group {shown(group)}", f"groups are: {', '.join(groups)}")
+        from mnist_cli.typed import nearest
+
+        meant = f"did you mean {best}? " if (best := nearest(group, list(groups))) else ""
+        raise UsageError(f"unknown group {shown(group)}", f"{meant}groups are: {', '.join(groups)}")
     found = {
         each: list(conf.options(each, config_dirs).values())
         for each in (groups if what is None else (group,))

@@ -16,7 +16,7 @@ from torch import Tensor
 from mnist_cli import checkpoint as checkpoints
 from mnist_cli import formats, runtime, scoring
 from mnist_cli.checkpoint import Best, Progress
-from mnist_cli.config import save_every_s
+from mnist_cli.config import is_maximized, save_every_s
 from mnist_cli.console import Console
 from mnist_cli.errors import Interrupted, PrunedError
 from mnist_cli.learner import REPLAYED_STEPS, Learner
@@ -135,7 +135,8 @@ def keep(learner: Learner, folder: RunFolder, row: dict[str, Any], console: Cons
     """Select, record and save an epoch, whose row of metrics.csv is `row`."""
     is_best = select(learner, row["epoch"], row)
     _record(folder, row, console)
-    console.say(epoch_line(row, learner.config.epochs, is_best))
+    line, short = epoch_lines(row, learner.config.epochs, is_best)
+    console.say(line, short)
     if is_best:
         save(learner, folder.best)
     save(learner, folder.last)
@@ -180,8 +181,8 @@ def select(learner: Learner, epoch: int, scores: dict[str, float | None]) -> boo
     value = scores[monitor] if monitor else None
     before = learner.progress.best
     gain = math.inf
-    if value is not None and before is not None and before.value is not None:
-        gain = value - before.value if monitor == "val_accuracy" else before.value - value
+    if monitor and value is not None and before is not None and before.value is not None:
+        gain = value - before.value if is_maximized(monitor) else before.value - value
     stale = 0 if gain > 0 else learner.progress.stale_epochs + 1
     new = Best(epoch=epoch, step=learner.progress.step, monitor=monitor, value=value)
     best = new if gain >= 0 else before
@@ -215,16 +216,19 @@ class SaveClock:
         return False
 
 
-def epoch_line(row: dict[str, Any], epochs: int, is_best: bool) -> str:
+def epoch_lines(row: dict[str, Any], epochs: int, is_best: bool) -> tuple[str, str]:
+    """What is said of an epoch: all of it, and what a terminal of 80 columns has room for."""
     width = len(str(epochs))
-    parts = [f"epoch {row['epoch']:>{width}}/{epochs}", f"lr {row['lr']:.2e}"]
-    parts.append(f"train loss {formats.metric('loss', row['train_loss'])}")
+    number, lr = f"epoch {row['epoch']:>{width}}/{epochs}", f"lr {row['lr']:.2e}"
+    parts = [f"train loss {formats.metric('loss', row['train_loss'])}"]
     if row["val_loss"] is not None:
         parts.append(f"val loss {formats.metric('loss', row['val_loss'])}")
     if row.get("val_accuracy") is not None:
         parts.append(f"val accuracy {row['val_accuracy']:.2%}")
-    parts += [f"{row['seconds']:.1f} s", f"{row['samples_per_s']:,.0f}/s"]
-    return "  ".join(parts) + ("  *" if is_best else "")
+    seconds, speed = f"{row['seconds']:.1f} s", f"{row['samples_per_s']:,.0f}/s"
+    mark = ["*"] if is_best else []
+    whole = [number, lr, *parts, seconds, speed, *mark]
+    return "  ".join(whole), "  ".join([number, *parts, seconds, *mark])
 
 
 def _advance(

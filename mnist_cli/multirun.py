@@ -29,7 +29,7 @@ from mnist_cli.errors import UsageError, shown
 from mnist_cli.explain import hydra_errors
 from mnist_cli.line import Line
 from mnist_cli.signals import held
-from mnist_cli.sweep import each
+from mnist_cli.sweep import each, search
 from mnist_cli.sweep.job import Job, TrainJob
 from mnist_cli.sweep.space import Choice, Numbers, words_of
 
@@ -181,7 +181,8 @@ def _search(
     for part in space:
         for end in part.ends[1:]:
             try:
-                make_job(words_of(space, middle | {part.key: end}))
+                job = make_job(words_of(space, middle | {part.key: end}))
+                search.check(settings, space, job.config)
             except UsageError as error:
                 if not (isinstance(part, Numbers) and part.step is None and "whole" in error.hint):
                     raise

@@ -7,14 +7,12 @@ would change the numbers of the run is refused with its name, unless `resume_all
 from __future__ import annotations
 
 import copy
-import os
-import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from mnist_cli import checkpoint as checkpoints
-from mnist_cli import optim, schedule
+from mnist_cli import find, optim, schedule
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.config import FREE_KEYS, TrainConfig, flatten, to_plain, train_config
 from mnist_cli.console import Console
@@ -27,51 +25,6 @@ FIXED_KEYS = (
     *("model", "dataset", "batch_size", "grad_accum", "seed", "monitor"),
     *("optim.name", "loss.name"),
 )
-
-
-def folder_of(config: TrainConfig) -> Path | None:
-    """The folder to continue in, or None for a new run.
-
-    Raises:
-        CheckpointError: `resume=RUN` names no run folder.
-    """
-    if config.resume is None:
-        return None
-    if config.resume == "auto":
-        folder = Path(config.out or "")
-        return folder if _checkpoints_in(folder) else None
-    folder = Path(os.path.expanduser(config.resume))
-    try:
-        is_folder = folder.is_dir()
-    except OSError:  # a name that is too long
-        is_folder = False
-    if not is_folder:
-        raise CheckpointError(
-            f"resume={folder} is not a run folder", "name one: resume=outputs/train/RUN"
-        )
-    if not _checkpoints_in(folder):
-        hint = "start the run anew, or name another folder"
-        if (folder / "leaderboard.json").exists():
-            word = shlex.quote(f"sweep.resume={folder}")
-            hint = f"to go on with a sweep, type its line again with {word}"
-        raise CheckpointError(f"resume={folder} holds no checkpoint", hint)
-    return folder
-
-
-def _checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a run, `last` first. Raises CheckpointError: nobody may look."""
-    found = []
-    for path in (RunFolder(folder).last, RunFolder(folder).best):
-        try:
-            path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise CheckpointError(
-                f"can't open {folder}: {error.strerror}", "make it readable, or name another folder"
-            ) from error
-        found.append(path)
-    return found
 
 
 def load(
@@ -88,7 +41,7 @@ def load(
     """
     sound: dict[Path, Checkpoint] = {}
     reasons: list[str] = []
-    for path in _checkpoints_in(folder.path):
+    for path in find.checkpoints_in(folder):
         try:
             sound[path] = _load_whole(path)
         except CheckpointError as error:
@@ -176,11 +129,14 @@ def _check_changes(stored: TrainConfig, new: TrainConfig, allowed: Collection[st
         if not fixed and (key in allowed or group in allowed):
             continue
         typed = group if _is_choice(key) else key
+        allowing = f"or allow it: resume_allow=[{typed}]"
+        if key == "epochs" and new.epochs < stored.epochs:
+            allowing = f"or, if no more than {now} are done, allow it: resume_allow=[epochs]"
         raise UsageError(
             f"{typed}={as_typed(now)} differs from the run's {typed}={as_typed(was)}",
             f"leave out what sets {typed}, or start a new run"
             if fixed
-            else f"leave out what sets {typed}, or allow it: resume_allow=[{typed}]",
+            else f"leave out what sets {typed}, {allowing}",
         )
 
 

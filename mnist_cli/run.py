@@ -27,8 +27,7 @@ from mnist_cli.console import Console
 from mnist_cli.errors import UsageError
 
 SCHEMA = 1
-MAX_RESULT_BYTES = 16 * 2**20
-MAX_METRICS_BYTES = 16 * 2**20  # more than a hundred thousand epochs
+MAX_BYTES = 16 * 2**20  # of a file in a run folder: metrics.csv of a hundred thousand epochs
 LARGEST_METRIC = 1e100  # float32 ends long before
 _WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z][a-z0-9_]*")
 
@@ -95,7 +94,7 @@ class RunFolder:
         lies now: people move and copy folders.
         """
         try:
-            found = strict_json.read(self.result, MAX_RESULT_BYTES)
+            found = strict_json.read(self.result, MAX_BYTES)
         except (OSError, ValueError):
             return None
         if not {"status", "config_hash"} <= set(found):
@@ -127,7 +126,7 @@ class RunFolder:
         The file may come from anybody: no more than its first 16 MiB are read.
         """
         try:
-            text = regular_file.read(self.metrics, MAX_METRICS_BYTES).decode(errors="replace")
+            text = regular_file.read(self.metrics, MAX_BYTES).decode(errors="replace")
             rows = list(csv.DictReader(io.StringIO(text)))
         except (OSError, csv.Error):
             return []
@@ -208,16 +207,19 @@ def create(out: str | None, parent: str, is_resumed: bool = False) -> Iterator[R
     durable.make_folder(folder)
     with durable.locked(folder):
         durable.remove_stale_temporaries(folder)
-        if any(holds_run(job) for job in folder.glob("*-*/")):
-            raise UsageError(
-                f"out={folder} holds the folders of other runs", "name another: out=DIR"
-            )
-        if holds_run(folder) and not (is_resumed and _never_began(folder)):
-            raise UsageError(
-                f"out={folder} holds a run already",
-                "type resume=auto to continue it, or name another folder",
-            )
+        refuse_taken(folder, is_resumed)
         yield RunFolder(folder)
+
+
+def refuse_taken(folder: Path, is_resumed: bool) -> None:
+    """Raises UsageError: `folder` holds a run, or runs, of which nothing shall be overwritten."""
+    if any(holds_run(job) for job in folder.glob("*-*/")):
+        raise UsageError(f"out={folder} holds the folders of other runs", "name another: out=DIR")
+    if holds_run(folder) and not (is_resumed and _never_began(folder)):
+        raise UsageError(
+            f"out={folder} holds a run already",
+            "type resume=auto to continue it, or name another folder",
+        )
 
 
 @contextlib.contextmanager

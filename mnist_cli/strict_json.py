@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def parse(data: bytes) -> dict[str, Any]:
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
             parse_int=_int,
+            parse_float=_float,
         )
     except RecursionError:
         raise ValueError("it is too deep") from None
@@ -47,6 +49,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
+
+
+def _float(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{digits[:20]} is out of reach")
+    return number
 
 
 def _int(digits: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mnist_cli import cuda_graph, dataset, logger, optim, outcome, resume, runtime, schedule
+from mnist_cli import cuda_graph, dataset, find, logger, optim, outcome, resume, runtime, schedule
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
 from mnist_cli.config import TrainConfig, config_hash
@@ -43,6 +43,7 @@ from mnist_cli.signals import SignalWatch
 from mnist_cli.train_step import lr_of
 
 RUNS = "outputs/train"
+FOR_TRAINING = ("logger", "predictions", "profile", "report")  # without effect on what is done
 
 
 def run(
@@ -119,7 +120,7 @@ def opened(
         MnistCliError: as `run` does before it trains.
     """
     runtime.set_up_cpu()
-    old_folder = resume.folder_of(config)
+    old_folder = find.run_to_resume(config)
     if old_folder is None:
         logger.require(config.logger)
         learner = prepare(config, None, started_s, load)
@@ -131,6 +132,8 @@ def opened(
         result = folder.read_result()
         if result and runs.is_complete(result, config):
             console.say(f"{old_folder} is already complete at step {before.progress.step}")
+            if late := [key for key in FOR_TRAINING if key in typed and getattr(config, key)]:
+                console.warn(f"{', '.join(late)} changed nothing: there was nothing to train")
             yield result
             return
         logger.require(config.logger)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mnist_cli import checkpoint as checkpoints
-from mnist_cli import metrics, onnx_file, runtime, scoring
+from mnist_cli import find, metrics, onnx_file, runtime, scoring
 from mnist_cli.checkpoint import Progress
 from mnist_cli.config import TrainConfig
 from mnist_cli.console import Console
@@ -102,7 +102,7 @@ def load(checkpoint: str, device_name: str, console: Console) -> Trained:
         CheckpointError: it is missing, damaged, foreign or from a newer version.
         UsageError: the device isn't there.
     """
-    path = checkpoints.find(checkpoint)
+    path = find.checkpoint(checkpoint)
     device = runtime.resolve_device(device_name)
     runtime.set_up_cpu()
     if path.suffix == ".onnx":

@@ -37,7 +37,7 @@ from faults import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnist_cli import checkpoint, optim, scoring
+from mnist_cli import checkpoint, find, optim, scoring
 from mnist_cli.checkpoint import Checkpoint
 from mnist_cli.console import Console
 from mnist_cli.dataset.again import load_again
@@ -592,7 +592,7 @@ def test_any_name_of_a_file_will_do(linear: Path, tmp_path: Path, name: str) -> 
 def test_a_path_that_can_not_be_is_one_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(CheckpointError):
-        checkpoint.load(checkpoint.find(name if name[0] == "~" else f"{tmp_path}/{name}"))
+        checkpoint.load(find.checkpoint(name if name[0] == "~" else f"{tmp_path}/{name}"))
 
 
 def test_a_file_cut_short_while_it_is_read_is_refused(

@@ -138,6 +138,8 @@ MALFORMED = [
     ("train ~foo", "'foo'", ""),
     ("train +seed=1", "'seed'", ""),
     ("train optim.rho=0.9", "the chosen optim has no key 'optim.rho'", "optim=adadelta"),
+    ("train optim=sgd optim.rho=0.9", "optim=sgd has no key 'optim.rho'", "optim=adadelta"),
+    ("train -m model=mlp,linear model.hidden=[8]", "model=linear has no key", "model=mlp"),
     ("train model.hidden=[1]", "no key 'model.hidden'", "model=mlp"),
     ("train hydra.foo=1", "'hydra.foo'", ""),
     ("train optim.name=momentum", "optim", ""),
@@ -221,6 +223,8 @@ MALFORMED = [
     ("predict checkpoint=x images=a.png preprocess=mnist", "preprocess='mnist'", "auto, none"),
     ("predict checkpoint=x images=a.png device=gpu", "device='gpu'", "cuda:N"),
     ("predict a.png", "'a.png'", "checkpoint=RUN images=a.png"),
+    ("predict run images=a.png", "'run'", "type checkpoint=run"),
+    ("predict a.png checkpoint=run", "'a.png'", "type images=a.png"),
     ("demo", "checkpoint= is required", "checkpoint=RUN"),
     ("demo checkpoint=", "checkpoint= is empty", "checkpoint=RUN"),
     ("demo checkpoint=x port=65536", "port=65536 is out of range", "at most 65,535"),
@@ -231,6 +235,7 @@ MALFORMED = [
     ("demo -m checkpoint=x,y", "demo shows one checkpoint", "leave -m out"),
     ("demo -m checkpoint=x hydra/launcher=basic", "demo shows one checkpoint", "leave -m out"),
     ("list optimizer", "'optimizer'", "groups are: model, optim"),
+    ("list modle", "'modle'", "did you mean model? groups are: "),
     ("list model optim", "one group", "list model"),
     ("list -m", "-m has nothing to act on", "mnist-cli list"),
     ("list model --cfg job", "--cfg has nothing to act on", "mnist-cli list"),
@@ -777,7 +782,12 @@ def test_loads_no_more_than_it_needs() -> None:
         ["train optim.lrr=1", 2, ["hydra", "omegaconf"]],
         ["train dataset=linear", 2, ["hydra", "omegaconf"]],
         ["eval", 2, ["hydra", "omegaconf"]],
+        ["eval checkpoint=nowhere", 4, ["hydra", "omegaconf"]],
+        ["train dataset=digits resume=nowhere", 4, ["hydra", "omegaconf"]],
+        ["train dataset=digits out=taken", 2, ["hydra", "omegaconf"]],
     ]
+    Path("taken").mkdir()
+    Path("taken/result.json").touch()
     result = subprocess.run(
         [sys.executable, "-c", LOADED, *(line for line, _, _ in lines)],
         capture_output=True,

@@ -239,6 +239,24 @@ def test_out_may_begin_at_home(
     assert not Path("~").exists()
 
 
+def test_a_run_finds_its_data_from_any_folder(
+    mnist_cli: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_mnist_like(Path("data"), "fashion_mnist", 470, 94)
+    monkeypatch.setattr(dataset, "source_of", lambda config: source)
+    monkeypatch.delenv("MNIST_CLI_DATA", raising=False)
+    words = ("dataset=fashion_mnist", "dataset.root=data", "model=linear", "epochs=1")
+    assert mnist_cli("train", *words, "out=run", "--quiet").code == 0
+    assert mnist_cli("train", "-m", *words, "seed=0,1", "out=sweep", "--quiet").code == 0
+    here = Path().absolute()
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    for run in (here / "run", *(path.parent for path in (here / "sweep").glob("*/result.json"))):
+        measured = mnist_cli("eval", f"checkpoint={run}", "--json")
+        assert document(measured)["metrics"]["n"] == 94
+        assert mnist_cli("train", f"resume={run}", "epochs=2", "--quiet").code == 0
+
+
 def test_the_data_of_the_run_may_lie_at_home(
     mnist_cli: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,9 +18,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_sweep import board_of, busy, children_of, folders, kills_until_done, states
 
-from mnist_cli import checkpoint, outcome, stacked
+from mnist_cli import checkpoint, dataset, outcome, stacked
 from mnist_cli.config import SweepConfig, TrainConfig, train_config
-from mnist_cli.options import LinearModelConfig, MlpConfig
+from mnist_cli.dataset import Dataset
+from mnist_cli.options import DatasetConfig, LinearModelConfig, MlpConfig
 from mnist_cli.run import RunFolder
 from mnist_cli.sweep import fused
 from mnist_cli.sweep.group import MAX_MEMBERS, WIDEST, groups, planned
@@ -136,6 +137,19 @@ def test_data_that_takes_too_much_memory_is_not_all_there_at_once(
     for name, path in folders(Path("b")).items():
         assert "one of 2 jobs" in (path / "train.log").read_text()
         assert_same(path, Path("a") / name)
+
+
+def test_a_signal_does_not_wait_for_the_data(
+    mnist_cli: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def official(config: DatasetConfig) -> Dataset:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the signal was kept for later")
+
+    monkeypatch.setattr(dataset, "official", official)
+    outcome = mnist_cli("train", "-m", *TINY, "optim.lr=0.01,0.02", "seed=0", "out=a")
+    assert outcome.code == 130
+    assert outcome.error == "interrupted with 2 of 2 jobs left; what is done is in a"
 
 
 # --- which jobs ----------------------------------------------------------------------------------

@@ -287,6 +287,50 @@ def test_a_plugin_that_is_none_ends_in_one_line(
     assert "plugin 'broken' (broken.options) can't be used" in error and reason in error
 
 
+ODD = (
+    HEAD
+    + """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, input_shape, num_outputs):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(SHAPE), requires_grad=FROZEN)
+        self.output = nn.Linear(64, num_outputs)
+    def forward(self, inputs):
+        return self.output(inputs.flatten(1)) * (self.scale.mean() if USED else 1.0)
+
+@dataclass(frozen=True, kw_only=True)
+class Odd(PluginModelConfig):
+    name: Literal["odd"]
+    def build(self, input_shape, num_outputs):
+        return Net(input_shape, num_outputs)
+
+OPTIONS = [Odd]
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_used", "is_trained"), [("1", True, False), ("16, 8", False, True)]
+)
+def test_a_model_may_have_weights_that_are_not_trained_nor_over_pixels(
+    mnist_cli: Program, site: Path, tmp_path: Path, shape: str, is_used: bool, is_trained: bool
+) -> None:
+    text = ODD.replace("SHAPE", shape).replace("USED", str(is_used))
+    text = text.replace("FROZEN", str(is_trained))
+    install(site, package("odd", "odd.options", "model/odd", text=text))
+    words = ("plugin=odd", "model=odd", "dataset=digits", "epochs=2", f"out={tmp_path / 'run'}")
+    ended = mnist_cli("train", *words)
+    assert (ended.code, ended.stderr) == (0, "")
+    assert (tmp_path / "run" / "report.html").exists()
+    whole = checkpoint.load(tmp_path / "run" / "last.safetensors")
+    assert {name.partition(".")[0] for name in whole.optim} == {"output"}
+    resumed = mnist_cli("train", "plugin=odd", f"resume={tmp_path / 'run'}", "epochs=3", "--quiet")
+    assert (resumed.code, resumed.stderr) == (0, "")
+
+
 def test_two_plugins_may_not_have_the_same_option_or_name(mnist_cli: Program, mine: Path) -> None:
     text = HEAD + LINEAR.replace("linear", "tiny")
     install(mine, package("twin", "twin.options", "model/tiny", text=text))

@@ -343,6 +343,21 @@ BAD: dict[str, tuple[bytes, str]] = {
 }
 
 
+def test_a_comma_parts_no_path_that_is_there(mnist_cli: Program, trained: Trained) -> None:
+    names = ["Übung=[7],x.png", "a,b.png", "c.png"]
+    for name in names:
+        five().save(name)
+    for value, found in {
+        names[0]: [names[0]],
+        "a,b.png": ["a,b.png"],
+        "c.png,d.png": ["c.png", "d.png"],
+        "['a,b.png',c.png]": ["a,b.png", "c.png"],
+    }.items():
+        words = (f"images={value}", f"checkpoint={trained(*DIGITS)}", "--json")
+        entries = answers(mnist_cli("predict", *words), 3 if "d.png" in found else 0)
+        assert [entry["path"] for entry in entries] == found
+
+
 def test_a_bad_file_stops_no_other(mnist_cli: Program, trained: Trained) -> None:
     run = trained(*DIGITS)
     Path("p/none").mkdir(parents=True)

@@ -1,14 +1,15 @@
-"""Reading what a path names, whatever that is."""
+"""Reading what a path names, whatever that is; and JSON from anybody."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
 
 import pytest
 
-from mnist_cli import regular_file
+from mnist_cli import regular_file, strict_json
 
 
 def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
@@ -41,3 +42,21 @@ def test_nothing_else_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             assert caught.value.strerror == reason
             after = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
             assert len(after) == len(before), "a descriptor was left open"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a": NaN}', "NaN is not a number"),
+        ('{"a": 1e999}', "1e999 is out of reach"),
+        ('{"a": [-1e999]}', "-1e999 is out of reach"),
+        (f'{{"a": {"9" * 21}}}', "a number is too long"),
+        ('{"a": 1, "a": 2}', "a key stands there twice"),
+        ("[" * 100_000, "it is too deep"),
+        ("[]", "it is not an object"),
+    ],
+)
+def test_json_is_read_strictly(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
+        strict_json.parse(text.encode())
+    assert strict_json.parse(b'{"a": [1e300, -0.5, 12]}') == {"a": [1e300, -0.5, 12]}

@@ -381,6 +381,10 @@ def test_a_finished_run_is_left_alone(stops: Stops, tmp_path: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     document = json.loads(here("train", f"resume={folder}", "--json").stdout)
     assert document == result | {"run_dir": str(folder)}  # it was copied
+    ended = here("train", f"resume={folder}", f"out={folder}/../{folder.name}", "report=true")
+    assert (ended.code, ended.stderr) == (
+        0, "warning: report changed nothing: there was nothing to train\n",
+    )  # fmt: skip
 
 
 def test_a_new_run_never_overwrites_an_old_one(stops: Stops, tmp_path: Path) -> None:
@@ -410,7 +414,9 @@ def test_epochs_may_not_grow_where_the_rate_would_change(tmp_path: Path, schedul
     assert ended.code == 2
     error, hint = two_lines(ended.stderr)
     assert error == "epochs=5 differs from the run's epochs=3"
-    assert "resume_allow=[epochs]" in hint
+    assert hint.endswith("or allow it: resume_allow=[epochs]")
+    _, hint = two_lines(here("train", f"resume={folder}", "epochs=2").stderr)
+    assert hint.endswith("or, if no more than 2 are done, allow it: resume_allow=[epochs]")
 
 
 @pytest.mark.parametrize(
@@ -478,6 +484,26 @@ def test_momentum_may_come_and_go(tmp_path: Path, optim: str, before: float, aft
     assert (ended.code, ended.stderr) == (0, "")
     state_of(folder / "last.safetensors")  # refuses state that the optimizer doesn't keep
     assert here("train", f"resume={folder}", "epochs=6", "--quiet").code == 0
+
+
+def test_momentum_that_has_just_come_survives_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a step is taken: the checkpoint then names a momentum that nothing was kept of."""
+
+    def killed(learner: Learner, indices: torch.Tensor, step: int) -> float:
+        raise KeyboardInterrupt
+
+    for name in ("whole", "cut"):
+        words = (*TRAIN, "optim=sgd", "dataset.val_fraction=0", f"out={tmp_path / name}")
+        assert here(*words, "--quiet").code == 0
+        words = ("epochs=5", "optim.momentum=0.9", "resume_allow=[optim.momentum]", "--quiet")
+        if name == "cut":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(train_step, "take_step", killed)
+                here("train", f"resume={tmp_path / name}", *words)
+        assert here("train", f"resume={tmp_path / name}", *words).code == 0
+    assert outcome_of(tmp_path / "cut") == outcome_of(tmp_path / "whole")
 
 
 def test_a_run_that_is_done_keeps_its_records(stops: Stops, tmp_path: Path) -> None:

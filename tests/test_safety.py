@@ -166,7 +166,8 @@ LAYERS: dict[str, dict[str, set[str]]] = {
         "sweep": {"train", "outcome", "loop", "stacked"}, "report": {"sweep"},
     },
     "records": {
-        "checkpoint": set(), "run": set(), "resume": {"checkpoint", "run"}, "plugin": set(),
+        "checkpoint": set(), "run": set(), "find": {"run"}, "plugin": set(),
+        "resume": {"checkpoint", "find", "run"},
     },
     "parts": {
         "dataset": set(), "model": set(), "loss": set(), "optim": set(), "schedule": set(),
@@ -187,9 +188,9 @@ ORDER = list(LAYERS)
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 HYDRA = ("compose", "explain", "hydra_main", "multirun")
 TORCH_FREE = (
-    *HYDRA, "cli", "command", "conf", "line", "help", "completion", "plugin", "config", "options",
-    "typed", "errors", "formats", "cpu", "imports", "console", "signals", "regular_file",
-    "strict_json",
+    *HYDRA, "cli", "command", "conf", "find", "run", "line", "help", "completion", "plugin",
+    "config", "options", "typed", "errors", "formats", "cpu", "imports", "console", "signals",
+    "regular_file", "strict_json",
     "sweep/__init__", "sweep/job", "sweep/each", "sweep/grid", "sweep/pool", "sweep/board",
     "sweep/display", "sweep/leaderboard", "sweep/search", "sweep/space", "sweep/study",
     "sweep/group",

@@ -224,6 +224,31 @@ def test_a_process_without_ctrl_c_stays_without_it() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+AT_THE_START = """
+import signal, sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "mnist_cli.cli":
+            signal.raise_signal(int(sys.argv.pop()))
+sys.meta_path.insert(0, Finder())
+from mnist_cli.__main__ import program
+sys.exit(program())
+"""
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_among_the_first_imports_ends_it_in_two_lines(number: int) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", AT_THE_START, "list", "model", str(int(number))],
+        env=os.environ | {"PYTHONPATH": str(faults.ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (128 + number, "")
+    error, hint = two_lines(ended.stderr)
+    assert error == f"interrupted by {number.name}" and hint.startswith("type the command again")
+
+
 AT_THE_END = """
 import atexit, os, sys
 from mnist_cli.__main__ import program

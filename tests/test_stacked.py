@@ -44,8 +44,8 @@ from mnist_cli.signals import SignalWatch
 from mnist_cli.stacked import Member, rounds
 from mnist_cli.stacked.loss import build_losses
 from mnist_cli.stacked.network import Network
-from mnist_cli.stacked.optimizer import Optimizer
-from mnist_cli.sweep.group import Group, groups
+from mnist_cli.stacked.optimizer import _RATES, _UPDATES, Optimizer
+from mnist_cli.sweep.group import OPTIMS, Group, groups
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
 
@@ -218,6 +218,10 @@ def test_dropout_is_the_mask_that_each_draws_alone(seeds: tuple[int, ...]) -> No
     generators = [torch.Generator().manual_seed(seed) for seed in lanes]
     together = Network(models, len(lanes)).forward(inputs, generators).mT
     torch.testing.assert_close(together, torch.stack(alone))
+
+
+def test_the_optimizers_that_are_stacked_are_those_that_can_be() -> None:
+    assert OPTIMS == set(_RATES) == set(_UPDATES)
 
 
 # --- groups --------------------------------------------------------------------------------------

@@ -299,6 +299,22 @@ def test_different_metrics_do_not_compare(tmp_path: Path) -> None:
     assert board["ranked_by"] == "by nothing: val_accuracy, val_loss don't compare"
 
 
+def test_seeds_that_are_left_do_not_win(tmp_path: Path) -> None:
+    for seed, value in enumerate((0.99, None, None)):
+        status = "diverged" if value is None else "completed"
+        leave(tmp_path, f"a{seed}", f"optim.lr=0.1 seed={seed}", value, status=status)
+        leave(tmp_path, f"b{seed}", f"optim.lr=0.2 seed={seed}", 0.9)
+    board = leaderboard.build(tmp_path)
+    assert [(row["config"]["optim.lr"], row["n"]) for row in board["rows"]] == [(0.2, 3), (0.1, 1)]
+    assert board["ranked_by"].endswith("highest first, then those with failed seeds")
+    shutil.rmtree(tmp_path / "b0")
+    shutil.rmtree(tmp_path / "b1")
+    leave(tmp_path, "b2", "optim.lr=0.2 seed=2", None, status="failed")
+    leaderboard.write(tmp_path, board := leaderboard.build(tmp_path))
+    assert board["ranked_by"].endswith("highest first")
+    assert "val_accuracy 99.00% (1 of 3 seeds)" in (tmp_path / "leaderboard.md").read_text()
+
+
 def test_scores_on_different_datasets_do_not_compare(tmp_path: Path) -> None:
     for number, words in enumerate(("dataset=mnist model=cnn", "dataset=kmnist model=cnn")):
         leave(tmp_path, str(number), words, 0.9 - 0.1 * number)
@@ -414,8 +430,10 @@ def test_a_sweep_says_what_happens(mnist_cli: Program) -> None:
     assert any(line.startswith("repeat   mnist-cli train model=mlp ") for line in lines)
     assert lines[-1] == "sweep    a"
     assert two_lines(outcome.stderr) == (
-        "1 of 2 jobs failed in a", "type the command again with sweep.resume=a",
-    )  # fmt: skip
+        "1 of 2 jobs failed in a",
+        f"see {next(Path('a').glob('optim.lr=1e+30-*'))}/train.log for why, then type the command"
+        " again with sweep.resume=a",
+    )
 
 
 @pytest.mark.parametrize("dataset", ["linear", "digits"])
@@ -1044,6 +1062,15 @@ def test_a_search_with_two_at_once(server: Server, tmp_path: Path) -> None:
             *("can't choose loss.label_smoothing", "val_accuracy"),
         ),
         (
+            ("sweep.search=optuna", "optim=adam,sgd", "sweep.objectives=[val_loss]",
+             "sweep.pruner=halving"),
+            "stops by monitor=val_accuracy, and the search is for val_loss", "monitor=val_loss",
+        ),
+        (
+            ("sweep.search=optuna", "dataset.val_fraction=0.1,0"),
+            *("dataset.val_fraction=0 leaves none", "val_fraction=0.1"),
+        ),
+        (
             ("sweep.search=optuna", "dataset=digits,mnist"),
             *("can't choose dataset: scores on different datasets don't compare", "for each"),
         ),
@@ -1101,6 +1128,8 @@ def test_another_search_does_not_go_on_in_the_folder(mnist_cli: Program) -> None
         assert outcome.code == 2 and outcome.error == f"a holds a search {difference}"
     assert mnist_cli(*SEARCH, "sweep.trials=2", "save_every=5", "sweep.resume=a").code == 0
     assert len(board_of(Path("a"))["history"]) == 2
+    outcome = mnist_cli("train", "-m", *TINY, "seed=0,1", "sweep.resume=a")
+    assert outcome.code == 2 and outcome.error == "sweep.resume=a is the folder of a search"
 
 
 def test_without_optuna_the_hint_says_what_to_install(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -33,6 +34,7 @@ from torch import Tensor
 from mnist_cli import checkpoint, conf, dataset, loop, schedule
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Best, Progress
+from mnist_cli.cli import main
 from mnist_cli.config import TrainConfig, config_hash, to_plain, train_config
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
@@ -302,6 +304,29 @@ def test_without_validation_the_last_weights_are_the_result(trained: Trained) ->
     assert (result["dataset"]["n_train"], result["dataset"]["n_val"]) == (1438, 0)
     assert result["best"] == {"epoch": 2, "step": 46, "monitor": None, "value": None}
     assert equal(weights(run, "best"), weights(run, "last"))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_an_epoch_is_a_line_on_the_terminal_and_a_whole_one_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    assert main(["train", *DIGITS, "out=run", "report=false"]) == 0
+    log = Path("run/train.log").read_text()
+    assert "\x1b" not in log and "accuracy" in log
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
+    (line,) = (line for line in shown.splitlines() if "train loss" in line)
+    (logged,) = (line for line in log.splitlines() if "train loss" in line)
+    parts = ("epoch 1/1  ", "  val loss ", "  val accuracy ", " s  ", "*")
+    assert all(part in line for part in parts) and len(line) < width
+    assert (line == logged) == (width == 120)
+    assert re.search(r"  lr 1\.00e-03  .*,\d{3}/s  \*$", logged)
 
 
 def test_early_stopping_stops_and_says_why(mnist_cli: Program) -> None:

@@ -22,7 +22,7 @@ from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, DatasetSpec, Split
 from mnist_cli.dataset.again import load_again
 from mnist_cli.errors import CheckpointError, MnistCliError, UsageError, one_line
-from mnist_cli.run import MAX_RESULT_BYTES, RunFolder
+from mnist_cli.run import MAX_BYTES, RunFolder
 from mnist_cli.sweep import leaderboard
 from mnist_cli.typed import Range, known, parse
 
@@ -125,6 +125,8 @@ class Record:
     Attributes:
         path: the run folder.
         checkpoint: the selected weights, or the last ones where nothing is selected.
+        config: of the whole run. One that was resumed may have gone on with other settings than
+            those of the checkpoint.
         val, test: the scores in result.json, None where they weren't measured.
         epochs: the rows of metrics.csv, by its column names.
         split: the test split, or None where it isn't to be had.
@@ -134,6 +136,7 @@ class Record:
 
     path: Path
     checkpoint: Checkpoint
+    config: TrainConfig
     result: Result
     val: Scores | None
     test: Scores | None
@@ -141,10 +144,6 @@ class Record:
     split: Split | None
     outputs: Tensor | None
     missing: str
-
-    @property
-    def config(self) -> TrainConfig:
-        return self.checkpoint.config
 
     @property
     def spec(self) -> DatasetSpec:
@@ -169,8 +168,17 @@ def load(name: str, root: str | None, console: Console) -> Record:
     folder = folder_of(name)
     found = checkpoints.load(folder.best if folder.best.exists() else folder.last)
     result, val, test = _read_result(folder, found.spec)
-    epochs = folder.read_metrics()
-    return Record(folder.path, found, result, val, test, epochs, *_answers(found, root, console))
+    config, epochs = _config_of(folder, found), folder.read_metrics()
+    answers = _answers(found, root, console)
+    return Record(folder.path, found, config, result, val, test, epochs, *answers)
+
+
+def _config_of(folder: RunFolder, selected: Checkpoint) -> TrainConfig:
+    """That of the last checkpoint; of the selected one where the last is no more."""
+    try:
+        return checkpoints.load(folder.last).config
+    except CheckpointError:
+        return selected.config
 
 
 def folder_of(name: str) -> RunFolder:
@@ -199,7 +207,7 @@ def _read_result(
 ) -> tuple[Result, Scores | None, Scores | None]:
     """result.json with its blocks `val` and `test`, checked. Raises CheckpointError."""
     try:
-        found = strict_json.read(folder.result, MAX_RESULT_BYTES)
+        found = strict_json.read(folder.result, MAX_BYTES)
         result = parse(Result, known(Result, found))
         return result, _scores(found.get("val"), spec), _scores(found.get("test"), spec)
     except (OSError, ValueError, UsageError) as error:

@@ -169,13 +169,15 @@ def _fit(record: Record) -> dict[str, Markup]:
 
 
 def _filters(record: Record) -> dict[str, Any] | None:
-    """The weights of the first layer, where they look at an image."""
+    """The weights of the first layer, where they look at an image: (N, C, height, width)."""
     if record.spec.task == "regression":
         return None
     name, weights = next(iter(record.weights().items()))
     is_output = name.startswith("output.")
-    if weights.dim() == 2:
+    if weights.dim() == 2 and weights.shape[1] == math.prod(record.spec.input_shape):
         weights = weights.reshape(len(weights), *record.spec.input_shape)
+    if weights.dim() != 4:  # of a plugin's model, which may begin with anything
+        return None
     strongest = weights.flatten(1).norm(dim=1).argsort(descending=True, stable=True)
     shown = torch.arange(len(weights)) if is_output else strongest[:MAX_FILTERS]
     planes = weights.mean(dim=1)  # of an image with colours: what it looks for in brightness

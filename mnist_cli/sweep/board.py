@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mnist_cli import formats
+from mnist_cli.config import is_maximized
 from mnist_cli.console import Console, LiveTable
 from mnist_cli.sweep import leaderboard
 from mnist_cli.sweep.job import Document, TrainJob, place_of
@@ -66,7 +67,7 @@ class Board:
         line = self._lines[place_of(job)]
         line.state, line.metric = f"epoch {epoch}/{job.config.epochs}", job.config.monitored
         if value is not None:
-            sign = 1 if leaderboard.is_higher_better(line.metric) else -1
+            sign = 1 if is_maximized(line.metric) else -1
             is_better = line.best is None or sign * value > sign * line.best
             line.best = value if is_better else line.best
         self.draw()

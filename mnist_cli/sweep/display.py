@@ -110,6 +110,8 @@ def _sentence(row: dict[str, Any], told: Callable[[Any], str]) -> str:
     if row["test_mean"] is not None:
         test = spread(row["test_metric"], row["test_mean"], row["test_std"])
         text += f", test {row['test_metric']} {test}"
+    if row["failed"]:
+        return f"{text} ({row['n']} of {row['n'] + len(row['failed'])} seeds)"
     return text + (f" ({row['n']} seeds)" if row["n"] > 1 else "")
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mnist_cli.config import Config, EvalConfig, ExportConfig, PredictConfig, ReportConfig
+from mnist_cli.config import Config, EvalConfig, ExportConfig, PredictConfig, ReportConfig, absolute
 from mnist_cli.console import Console
 from mnist_cli.errors import MnistCliError, SweepError, UsageError, shown
 from mnist_cli.sweep.job import Document, Job, difference, failure, shared_words
@@ -67,16 +66,12 @@ def _file_of(config: Config) -> tuple[object, ...] | None:
             source = Path(config.checkpoint)
             run = source.parent if source.suffix == ".safetensors" else source
             folder = config.out or str(run)
-            return _absolute(folder), config.format, config.quantize
+            return absolute(folder), config.format, config.quantize
         case EvalConfig(out=str(out)) | PredictConfig(out=str(out)):
-            return (_absolute(out),)
+            return (absolute(out),)
         case ReportConfig(out=str(out)):
-            return _absolute(out), len(config.run)
+            return absolute(out), len(config.run)
     return None
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def outcome_of(job: Job[Any], call: Callable[[], Any], console: Console) -> Document:

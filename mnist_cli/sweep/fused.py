@@ -48,7 +48,7 @@ def run(jobs: Sequence[TrainJob], signals: SignalWatch, on_epoch: OnEpoch, on_en
     left = sorted(jobs, key=_seed)
     while left:
         with contextlib.ExitStack() as held:
-            members = sorted(_open(left, held, on_end), key=_step)
+            members = sorted(_open(left, held, signals, on_end), key=_step)
             for _, alike in itertools.groupby(members, _step):
                 _Stack(list(alike), signals, on_epoch, on_end).train()
 
@@ -70,8 +70,14 @@ def _step(member: _Member) -> int:
     return member.run.learner.progress.step
 
 
-def _open(left: list[TrainJob], held: contextlib.ExitStack, on_end: OnEnd) -> list[_Member]:
-    """Take from `left` what goes into memory, and hold its run folders."""
+def _open(
+    left: list[TrainJob], held: contextlib.ExitStack, signals: SignalWatch, on_end: OnEnd
+) -> list[_Member]:
+    """Take from `left` what goes into memory, and hold its run folders.
+
+    Raises:
+        Interrupted: by a signal; nothing was trained that isn't saved.
+    """
     official = functools.cache(dataset.official)
 
     @functools.cache
@@ -91,7 +97,8 @@ def _open(left: list[TrainJob], held: contextlib.ExitStack, on_end: OnEnd) -> li
         try:
             opening = train.opened(job.config, console, job.typed, time.monotonic(), load)
             own = held.enter_context(contextlib.ExitStack())
-            found = own.enter_context(opening)
+            with signals.at_once():
+                found = own.enter_context(opening)
         except Exception as error:
             on_end(job, failed(error, job))
             continue

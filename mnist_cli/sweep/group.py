@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from mnist_cli.config import SweepConfig, TrainConfig, flatten, to_plain
 from mnist_cli.errors import UsageError
-from mnist_cli.options import LinearModelConfig, MlpConfig, PluginLossConfig, PluginOptimConfig
+from mnist_cli.options import LinearModelConfig, MlpConfig, PluginLossConfig
 
 # What may differ between the members of a group, besides the schedule and the optimizer's numbers.
 FREE = {
     "seed", "epochs", "monitor", "early_stop.patience", "grad_clip", "model.dropout",
     "loss.label_smoothing", "report", "predictions", "resume", "resume_allow", "out",
 }  # fmt: skip
+OPTIMS = {"sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad", "adadelta"}  # of `stacked`
 MAX_MEMBERS = 64  # each keeps two files open
 
 # The widest hidden layer for which sweep.fused=auto makes a stack. On two cores 16 runs of one
@@ -80,7 +81,7 @@ def _obstacle(config: TrainConfig) -> str | None:
     """The key that keeps a run from being stacked, as it would be typed."""
     if not isinstance(config.model, LinearModelConfig | MlpConfig):
         return f"model={config.model.name}"
-    if isinstance(config.optim, PluginOptimConfig):
+    if config.optim.name not in OPTIMS:
         return f"optim={config.optim.name}"
     if isinstance(config.loss, PluginLossConfig):
         return f"loss={config.loss.name}"

@@ -35,6 +35,7 @@ from mnist_cli.signals import SignalWatch
 from mnist_cli.sweep import leaderboard
 
 SWEEPS = "outputs/sweep"
+JOURNAL = "search.journal"  # of a search, in the folder of its sweep
 Document = dict[str, Any]
 
 
@@ -82,6 +83,11 @@ def folder_of(jobs: Sequence[TrainJob], settings: SweepConfig) -> Path:
             raise UsageError(
                 f"sweep.resume={folder} is {what}",
                 "name the folder of a sweep: sweep.resume=outputs/sweep/SWEEP",
+            )
+        if settings.search == "grid" and (folder / JOURNAL).exists():
+            raise UsageError(
+                f"sweep.resume={folder} is the folder of a search",
+                "add sweep.search=optuna to go on with it, or name another folder: out=DIR",
             )
         if not any(job.words for job in jobs) and not any(folder.glob(f"*{_ending(jobs[0])}")):
             raise UsageError(

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from mnist_cli import conf, durable, regular_file
-from mnist_cli.config import FREE_KEYS, TrainConfig
+from mnist_cli.config import FREE_KEYS, TrainConfig, is_maximized
 from mnist_cli.errors import one_line
-from mnist_cli.run import LARGEST_METRIC, RunFolder, command_of
+from mnist_cli.run import LARGEST_METRIC, MAX_BYTES, RunFolder, command_of
 from mnist_cli.sweep import display
 
 SCHEMA = 1
 NAME = "leaderboard"
 JSON = f"{NAME}.json"
-MAX_BYTES = 16 * 2**20  # of a file in a run folder
 LOCATION_KEYS = {"seed", *FREE_KEYS} - {"device"}  # no two configurations differ by these alone
 NEEDED_KEYS = {
     "device",
@@ -104,8 +103,9 @@ def build(
     listed = [_row(row, columns, failures or {}) for row in rows.values()]
     metric, ranked_by = _ranking(listed, [own[0].config for own in rows.values()])
     ranked = [row for row in listed if row["mean"] is not None and metric is not None]
-    sign = -1 if metric is not None and is_higher_better(metric) else 1
-    ranked.sort(key=lambda row: sign * row["mean"])
+    sign = -1 if metric is not None and is_maximized(metric) else 1
+    # The seeds that are left of a configuration may be its luck.
+    ranked.sort(key=lambda row: (bool(row["failed"]), sign * row["mean"]))
     for rank, row in enumerate(ranked, 1):
         row["rank"] = rank
     rest = [row for row in listed if row not in ranked]
@@ -117,10 +117,6 @@ def build(
         "rows": [*ranked, *rest],
         "winner": ranked[0] if ranked else None,
     }
-
-
-def is_higher_better(metric: str) -> bool:
-    return metric == "val_accuracy"
 
 
 def write(folder: Path, board: dict[str, Any]) -> None:
@@ -220,7 +216,12 @@ def _ranking(
     if metrics == ["val_loss"] and len({_loss_in(config) for config in known}) > 1:
         return None, "by nothing: the val_loss of different losses don't compare"
     [metric] = metrics
-    return metric, f"by mean {metric}, {'highest' if is_higher_better(metric) else 'lowest'} first"
+    failed = [bool(row["failed"]) for row in rows if row["mean"] is not None]
+    rest = ", then those with failed seeds" if any(failed) and not all(failed) else ""
+    return (
+        metric,
+        f"by mean {metric}, {'highest' if is_maximized(metric) else 'lowest'} first{rest}",
+    )
 
 
 def _loss_in(config: dict[str, str]) -> frozenset[tuple[str, str]]:

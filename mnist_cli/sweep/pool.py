@@ -34,7 +34,10 @@ class Plan(Protocol):
     names_gpu: bool  # whether jobs name a GPU, as device=cuda:1
 
     def next_jobs(self) -> Sequence[TrainJob]:
-        """What to start now, several as one stack; empty when nothing is left, for good."""
+        """What to start now, several as one stack.
+
+        Empty when there is nothing at the moment; for good, where no job is running.
+        """
 
     def should_stop(self, job: TrainJob, epoch: int, value: float | None) -> bool:
         """An epoch is over, with this monitored value: whether the job is to be given up."""

@@ -56,6 +56,13 @@ def check(settings: SweepConfig, space: Space, config: TrainConfig) -> list[str]
             "a search can't choose dataset: scores on different datasets don't compare",
             "search once for each dataset",
         )
+    if settings.pruner != "none" and objectives[0] != config.monitored:
+        is_metric = objectives[0].startswith("val_")
+        raise UsageError(
+            f"sweep.pruner={settings.pruner} stops by monitor={config.monitored}, and the search is"
+            f" for {objectives[0]}",
+            f"type monitor={objectives[0]}" if is_metric else "type sweep.pruner=none",
+        )
     of_loss = [part.key for part in space if part.key.partition(".")[0] == "loss"]
     if "val_loss" in objectives and of_loss:
         raise UsageError(

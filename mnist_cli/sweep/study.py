@@ -23,13 +23,12 @@ from mnist_cli import durable, formats
 from mnist_cli.config import OBJECTIVES, SweepConfig
 from mnist_cli.errors import UsageError
 from mnist_cli.sweep import display
-from mnist_cli.sweep.job import Document, has_failed
+from mnist_cli.sweep.job import JOURNAL, Document, has_failed
 from mnist_cli.sweep.space import Space, as_run
 
 if TYPE_CHECKING:
     import optuna
 
-JOURNAL = "search.journal"
 MIN_FOR_IMPORTANCE = 4  # completed trials; fewer tell nothing
 
 
