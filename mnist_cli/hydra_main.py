@@ -70,6 +70,11 @@ def run(line: Line, console: Console) -> int:
 
 def _show(line: Line, overrides: Sequence[str], console: Console) -> int:
     """`--cfg`, `--info` and the like: what Hydra prints, or the same as a JSON document."""
+    with held(), hydra_errors(line), compose.initialized(line):
+        for override in compose.parse(overrides):
+            if override.is_sweep_override():
+                word = shown(override.input_line or "")
+                raise UsageError(f"{word} gives several values", "type the one to be shown")
     printed, complaints = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
         try:

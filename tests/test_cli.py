@@ -259,6 +259,7 @@ MALFORMED = [
     ("train model=mlp,cnn", "several values to model", "add -m"),
     ("train dataset=digits -m seed=range(0,0)", "", ""),
     ("train optim.lr=0.1,0.2", "several values to optim.lr", "add -m"),
+    ("train --cfg job seed=range(1,3)", "gives several values", "type the one to be shown"),
     ("train dataset=digits -m optim.lr=0.1,-1", "optim.lr=-1 is out of range", "above 0"),
     ("train dataset=digits -m seed=0,x", "seed='x'", "a whole number"),
     ("train dataset=digits -m optim=adam,adm", "no optim 'adm'", "did you mean optim=adam?"),
