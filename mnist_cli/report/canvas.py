@@ -62,7 +62,7 @@ STYLE: dict[str, Any] = {
 }
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
     """A curve with the name at its end, which is one of this program's words."""
 
     name: str
@@ -122,7 +122,7 @@ def scale(
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
 
 
-def thinned(line: Line, mark: float | None = None, limit: int = MAX_POINTS) -> Line:
+def thinned(line: Curve, mark: float | None = None, limit: int = MAX_POINTS) -> Curve:
     """`line` with about `limit` points at most, its last one and the one at `mark` among them."""
     step = math.ceil(len(line.x) / limit)
     last = len(line.x) - 1
@@ -143,7 +143,7 @@ def name_x(axes: Axes, name: str) -> None:
     )  # fmt: skip
 
 
-def name_ends(axes: Axes, lines: Sequence[Line]) -> None:
+def name_ends(axes: Axes, lines: Sequence[Curve]) -> None:
     """Write the name of each line where it ends, a line's height apart at least."""
     axes.autoscale_view()
     ends = [(axes.transData.transform((line.x[-1], line.y[-1])), line) for line in lines]

@@ -13,7 +13,7 @@ from mnist_cli import formats, metrics
 from mnist_cli.config import FREE_KEYS
 from mnist_cli.errors import UsageError
 from mnist_cli.report import canvas, page, pictures, plots
-from mnist_cli.report.canvas import FIRST, SECOND, Line
+from mnist_cli.report.canvas import FIRST, SECOND, Curve
 from mnist_cli.report.record import ClassScores, NumberScores, Record
 from mnist_cli.run import as_typed
 
@@ -132,7 +132,7 @@ def _curves(a: Record, b: Record) -> dict[str, Markup]:
     drawn = {}
     for column, name in columns:
         lines = [
-            Line(who, ink, *record.column(column))
+            Curve(who, ink, *record.column(column))
             for who, ink, record in (("A", FIRST, a), ("B", SECOND, b))
         ]
         told = " ".join(f"{line.name}: {line.y[-1]:.4g} at the end." for line in lines if line.x)

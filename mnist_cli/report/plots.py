@@ -21,7 +21,7 @@ from mnist_cli.report.canvas import (
     SECOND,
     TEXT,
     WIDTH,
-    Line,
+    Curve,
     drawing,
     few_ticks,
     name_ends,
@@ -33,7 +33,7 @@ from mnist_cli.report.canvas import (
 
 
 def curves(
-    lines: Sequence[Line], label: str, *, mark: float | None = None, percent: bool = False
+    lines: Sequence[Curve], label: str, *, mark: float | None = None, percent: bool = False
 ) -> Markup:
     """Values over epochs, each line named at its end.
 
@@ -70,7 +70,7 @@ def curves(
 
 def rates(x: Sequence[float], y: Sequence[float], label: str) -> Markup:
     """The learning rate of each epoch's last step."""
-    line = thinned(Line("", FIRST, x, y))
+    line = thinned(Curve("", FIRST, x, y))
     figure, axes = drawing(right=16)
     axes.plot(line.x, line.y, color=MUTED, marker="o" if len(x) == 1 else None, markersize=4)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -150,7 +150,7 @@ def fit(x: Sequence[float], truth: Sequence[float], answers: Sequence[float], la
     figure, axes = drawing(right=60)
     xs = [x[index] for index in picked]
     axes.plot(xs, [truth[index] for index in picked], "o", color=MUTED, markersize=2.6, alpha=0.6)
-    line = Line("model", FIRST, xs, [answers[index] for index in picked])
+    line = Curve("model", FIRST, xs, [answers[index] for index in picked])
     axes.plot(line.x, line.y, color=line.ink)
     few_ticks(axes)
     name_ends(axes, [line])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mnist_cli import formats, metrics
 from mnist_cli.report import canvas, page, pictures, plots
-from mnist_cli.report.canvas import FIRST, MUTED, Line
+from mnist_cli.report.canvas import FIRST, MUTED, Curve
 from mnist_cli.report.record import ClassScores, Record
 from mnist_cli.run import command_of
 
@@ -72,11 +72,11 @@ def best_is_chosen(record: Record) -> bool:
     return best is not None and best.monitor is not None
 
 
-def _line_of(record: Record, column: str, name: str, ink: str) -> Line:
-    return Line(name, ink, *record.column(column))
+def _line_of(record: Record, column: str, name: str, ink: str) -> Curve:
+    return Curve(name, ink, *record.column(column))
 
 
-def _told(lines: list[Line]) -> str:
+def _told(lines: list[Curve]) -> str:
     """What a drawing shows, for those who can't see it."""
     return " ".join(
         f"{line.name.capitalize()}: from {line.y[0]:.4g} to {line.y[-1]:.4g}."

@@ -22,7 +22,7 @@ from mnist_cli.report.canvas import (
     PAPER,
     SECOND,
     TEXT,
-    Line,
+    Curve,
     drawing,
     name_ends,
     name_x,
@@ -217,7 +217,7 @@ def curves(lines: Sequence[Ending], label: str, *, percent: bool = False) -> Mar
     crowded = 0.8 if len(lines) <= 12 else 0.4
     for line in sorted(lines, key=lambda line: (line.is_winner, line.is_done)):
         ink = SECOND if line.is_winner else FIRST if line.is_done else MUTED
-        thin = thinned(Line("", ink, line.x, line.y), limit=limit)
+        thin = thinned(Curve("", ink, line.x, line.y), limit=limit)
         dots = "o" if len(thin.x) == 1 and line.is_done else None
         axes.plot(
             thin.x, thin.y, color=ink, marker=dots, markersize=3, zorder=4 if line.is_winner else 2,
@@ -231,7 +231,7 @@ def curves(lines: Sequence[Ending], label: str, *, percent: bool = False) -> Mar
     elif done:  # what diverged leaves the picture
         axes.set_ylim(*_limits(done, axes.get_yscale() == "log"))
     ends = [
-        Line(line.name, SECOND if line.is_winner else FIRST, line.x, line.y)
+        Curve(line.name, SECOND if line.is_winner else FIRST, line.x, line.y)
         for line in lines
         if line.name
     ]
@@ -273,7 +273,7 @@ def history(
             is_better = not best or (score > best[-1][1]) == is_higher_better
             best.append((number, score if is_better else best[-1][1]))
     best.append((max(num_trials - 1, best[-1][0]), best[-1][1]))
-    line = Line("best", SECOND, *zip(*best, strict=True))
+    line = Curve("best", SECOND, *zip(*best, strict=True))
     axes.plot(line.x, line.y, color=SECOND, drawstyle="steps-post", zorder=1.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     name_ends(axes, [line])

@@ -76,7 +76,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchRecord:
     """What a search adds; `objectives` says which way each of them is better."""
 
     objectives: dict[str, Literal["minimize", "maximize"]]
@@ -108,7 +108,7 @@ class SweepRecord:
     ranked_by: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-    search: Search | None
+    search: SearchRecord | None
 
     @property
     def winner(self) -> Row | None:
@@ -145,7 +145,7 @@ def load(folder: Path) -> SweepRecord:
     try:
         found = strict_json.read(path, MAX_BYTES) if path.exists() else leaderboard.build(folder)
         board = parse(_Board, known(_Board, found))
-        search = parse(Search, known(Search, found)) if "objectives" in found else None
+        search = parse(SearchRecord, known(SearchRecord, found)) if "objectives" in found else None
         if search is not None:
             _check(search)
     except (OSError, ValueError, UsageError) as error:
@@ -157,7 +157,7 @@ def load(folder: Path) -> SweepRecord:
     return SweepRecord(folder, board.ranked_by, board.columns, board.rows, search)
 
 
-def _check(search: Search) -> None:
+def _check(search: SearchRecord) -> None:
     """Raises ValueError where trials have other values than there are objectives."""
     names = set(search.objectives)
     if not names or not names <= set(OBJECTIVES):

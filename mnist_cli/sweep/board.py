@@ -16,7 +16,7 @@ HEADERS = ("job", "what differs", "state", "best", "time")
 
 
 @dataclass
-class Line:
+class Row:
     """One job on the board."""
 
     number: int
@@ -44,32 +44,32 @@ class Board:
     ) -> None:
         self._console, self._live, self._total = console, live, total
         self._num_before = num_before
-        self._lines: dict[str, Line] = {}
-        self._ended: list[Line] = []
+        self._rows: dict[str, Row] = {}
+        self._ended: list[Row] = []
 
     def add(self, job: TrainJob, label: str, number: int) -> None:
-        self._lines[place_of(job)] = Line(number, label)
+        self._rows[place_of(job)] = Row(number, label)
 
     def skipped(self, job: TrainJob, document: Document) -> None:
         self._end(job, document, "done before")
 
     def started(self, jobs: Sequence[TrainJob]) -> None:
         """A job has started, or several as one stack."""
-        lines = [self._lines[place_of(job)] for job in jobs]
-        for line in lines:
-            line.state, line.started_s = "starting", time.monotonic()
+        rows = [self._rows[place_of(job)] for job in jobs]
+        for row in rows:
+            row.state, row.started_s = "starting", time.monotonic()
         if self._live is None:
-            many = f"{len(lines)} of {self._total} jobs, trained as one stack"
-            self._console.say(f"start    {self._name(lines[0]) if len(lines) == 1 else many}")
+            many = f"{len(rows)} of {self._total} jobs, trained as one stack"
+            self._console.say(f"start    {self._name(rows[0]) if len(rows) == 1 else many}")
         self.draw()
 
     def epoch(self, job: TrainJob, epoch: int, value: float | None) -> None:
-        line = self._lines[place_of(job)]
-        line.state, line.metric = f"epoch {epoch}/{job.config.epochs}", job.config.monitored
+        row = self._rows[place_of(job)]
+        row.state, row.metric = f"epoch {epoch}/{job.config.epochs}", job.config.monitored
         if value is not None:
-            sign = 1 if is_maximized(line.metric) else -1
-            is_better = line.best is None or sign * value > sign * line.best
-            line.best = value if is_better else line.best
+            sign = 1 if is_maximized(row.metric) else -1
+            is_better = row.best is None or sign * value > sign * row.best
+            row.best = value if is_better else row.best
         self.draw()
 
     def ended(self, job: TrainJob, document: Document) -> None:
@@ -84,39 +84,39 @@ class Board:
         """Draw the live table anew, if it is time."""
         if self._live is None or not self._live.is_due:
             return
-        running = [line for line in self._lines.values() if line.state.startswith(("start", "ep"))]
-        waiting = [line for line in self._lines.values() if line.state == "waiting"]
+        running = [row for row in self._rows.values() if row.state.startswith(("start", "ep"))]
+        waiting = [row for row in self._rows.values() if row.state == "waiting"]
         room = max(1, self._live.num_rows - len(running))
         shown = self._ended[-max(1, room - min(len(waiting), 3)) :] + running
         shown += waiting[: max(0, self._live.num_rows - len(shown))]
         left = self._total - self._num_before - len(self._ended) - len(running)
         counts = {"running": len(running), "to come": left, "done before": self._num_before}
-        for line in self._ended:
-            counts[line.state] = counts.get(line.state, 0) + 1
+        for row in self._ended:
+            counts[row.state] = counts.get(row.state, 0) + 1
         caption = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        self._live.show(HEADERS, [line.cells() for line in shown], 3, caption)
+        self._live.show(HEADERS, [row.cells() for row in shown], 3, caption)
 
     def _end(self, job: TrainJob, document: Document, state: str) -> None:
-        line = self._lines[place_of(job)]
-        line.state = state
-        line.seconds = time.monotonic() - line.started_s if line.started_s else None
+        row = self._rows[place_of(job)]
+        row.state = state
+        row.seconds = time.monotonic() - row.started_s if row.started_s else None
         best = document.get("best")
         if best and best["value"] is not None:
-            line.metric, line.best = best["monitor"], best["value"]
-        self._ended.append(line)
+            row.metric, row.best = best["monitor"], best["value"]
+        self._ended.append(row)
         if self._live is None:
-            self._console.say(self._sentence(line, document))
+            self._console.say(self._sentence(row, document))
         self.draw()
 
-    def _sentence(self, line: Line, document: Document) -> str:
-        words = [f"{line.state:<8} {self._name(line)}"]
-        if line.state == "failed" or document.get("error"):
+    def _sentence(self, row: Row, document: Document) -> str:
+        words = [f"{row.state:<8} {self._name(row)}"]
+        if row.state == "failed" or document.get("error"):
             words.append(document["error"])
-        elif line.best is not None:
-            words.append(f"{line.metric} {formats.metric(line.metric, line.best)}")
-        if line.seconds is not None:
-            words.append(f"{line.seconds:.1f} s")
+        elif row.best is not None:
+            words.append(f"{row.metric} {formats.metric(row.metric, row.best)}")
+        if row.seconds is not None:
+            words.append(f"{row.seconds:.1f} s")
         return "  ".join(words)
 
-    def _name(self, line: Line) -> str:
-        return f"{line.number}/{self._total}  {line.label}"
+    def _name(self, row: Row) -> str:
+        return f"{row.number}/{self._total}  {row.label}"
