@@ -5,6 +5,7 @@ All that they say about commands, groups, options and keys comes from `conf`. St
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,6 +56,12 @@ EXAMPLES = {
 }
 
 
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 fault of the program, 2 usage, 3 data, 4 checkpoint, 5 diverged, 6 out"
+    " of memory or disk, 7 run folder in use, 8 export differs, 130 and 143 interrupted"
+)
+
+
 def usage() -> str:
     """What `mnist-cli --help` prints."""
     about = (
@@ -64,7 +71,7 @@ def usage() -> str:
     )
     return _join(
         "usage: mnist-cli COMMAND [group=option ...] [key=value ...] [flags]",
-        textwrap.fill(about, WIDTH),
+        textwrap.fill(about, _width()),
         "Commands (mnist-cli COMMAND --help shows what each takes):\n"
         + _rows(conf.COMMANDS.items()),
         "Flags, anywhere on the line:\n" + _rows(conf.FLAGS.items()),
@@ -77,8 +84,7 @@ def usage() -> str:
             ]
         ),
         _examples(""),
-        "Exit codes: 0 done, 1 fault of the program, 2 usage, 3 data, 4 checkpoint, 5 diverged,\n"
-        "6 out of memory or disk, 7 run folder in use, 8 export differs, 130 and 143 interrupted",
+        textwrap.fill(EXIT_CODES, _width()),
     )
 
 
@@ -134,7 +140,7 @@ def list_text(what: str | None = None, config_dirs: Sequence[str | Path] = ()) -
     """What can be chosen, one line each; of one option its keys. As `list_data` otherwise."""
     parts = []
     for group, options in _chosen(what, config_dirs).items():
-        rows = _rows([(each.name, each.description) for each in options], width=0)
+        rows = _rows([(each.name, each.description) for each in options], is_wrapped=False)
         plus = "+" if group == conf.EXPERIMENT else ""
         parts.append(f"{plus}{group}=\n{rows}" if rows else "")
         if "=" in (what or ""):
@@ -181,13 +187,22 @@ def _examples(command: str) -> str:
     return "Examples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[command])
 
 
-def _rows(rows: Iterable[tuple[str, str]], width: int = WIDTH) -> str:
-    """Two columns; the right one wraps at `width`, or not at all where it is 0."""
+def _width() -> int:
+    """That of the terminal, but no more than WIDTH; in a pipe WIDTH."""
+    try:
+        return min(WIDTH, os.get_terminal_size(1).columns)
+    except OSError:
+        return WIDTH
+
+
+def _rows(rows: Iterable[tuple[str, str]], is_wrapped: bool = True) -> str:
+    """Two columns; the right one is wrapped, or has a line for each row."""
     rows = list(rows)
     column = 4 + max((len(left) for left, _ in rows), default=0)
+    room = max(_width() - column, 20)
     lines = []
     for left, right in rows:
-        first, *rest = (textwrap.wrap(right, width - column) if width else []) or [right]
+        first, *rest = (textwrap.wrap(right, room) if is_wrapped else []) or [right]
         lines.append(f"  {left}".ljust(column) + first)
         lines += [" " * column + line for line in rest]
     return "\n".join(line.rstrip() for line in lines)

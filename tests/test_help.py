@@ -1,6 +1,7 @@
 """Help and `list` say everything, fit on the page, and load nothing heavy."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +24,26 @@ HEAVY = {
 }
 
 
-@pytest.mark.parametrize("text", [help.usage(), *map(help.command_usage, conf.COMMANDS)])
-def test_fits_on_the_page(text: str) -> None:
-    assert max(map(len, text.splitlines())) <= help.WIDTH
+@pytest.mark.parametrize("columns", [None, 80, 200])
+@pytest.mark.parametrize("command", [None, *conf.COMMANDS])
+def test_fits_on_the_page(
+    monkeypatch: pytest.MonkeyPatch, command: str | None, columns: int | None
+) -> None:
+    """A pipe has 100 columns, a terminal what it has; but commands to copy are never broken."""
+
+    def size(descriptor: int) -> os.terminal_size:
+        if columns is None:
+            raise OSError
+        return os.terminal_size((columns, 24))
+
+    monkeypatch.setattr(os, "get_terminal_size", size)
+    text = help.usage() if command is None else help.command_usage(command)
+    lines = text.splitlines()
+    flowing = [line for line in lines if "mnist-cli" not in line and "Flags: " not in line]
+    assert max(map(len, lines)) <= help.WIDTH
+    assert max(map(len, flowing)) <= min(columns or help.WIDTH, help.WIDTH)
     assert text.isascii()
-    assert not [line for line in text.splitlines() if line != line.rstrip()]
+    assert not [line for line in lines if line != line.rstrip()]
 
 
 def test_usage_names_commands_flags_shells_and_codes() -> None:
