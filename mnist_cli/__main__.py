@@ -12,10 +12,12 @@ def program() -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
     from mnist_cli.cli import main
+    from mnist_cli.imports import thaw
     from mnist_cli.signals import ignore_them
 
     code = main()
     ignore_them()
+    thaw()
     return code
 
 

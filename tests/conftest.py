@@ -34,6 +34,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # as `imports.thaw`
+
+
 class Outcome(NamedTuple):
     """How a command ended, and what it wrote to its two streams."""
 

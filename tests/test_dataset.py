@@ -158,6 +158,8 @@ def test_digits_are_the_known_ones_and_cached_without_sklearn(private_cache: Pat
     assert (len(data.train), len(data.val), len(data.test)) == (1294, 144, 359)
     assert data.train.inputs.dtype == torch.uint8 and data.train.inputs.shape[1:] == (1, 8, 8)
     assert data.train.inputs.max() == 255 and data.train.targets.dtype == torch.int64
+    official = torch.cat([data.train.inputs, data.val.inputs])  # without the test set
+    assert (data.spec.mean, data.spec.std) == statistics(official)
     other = load(config, seed=1)
     assert torch.equal(other.test.inputs, data.test.inputs) and other.spec == data.spec
     assert not torch.equal(other.val.inputs, data.val.inputs)

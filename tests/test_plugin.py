@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -156,6 +157,23 @@ def test_what_is_printed_to_type_next_names_the_plugin(
     following = next(line for line in said if "mnist-cli eval" in line).split()[-2:]
     assert following == [f"checkpoint={tmp_path / 'run'}", "plugin=my_models"]
     assert mnist_cli("eval", *following).code == 0
+
+
+def test_a_process_that_has_loaded_the_compiler_ends_in_silence(mine: Path, tmp_path: Path) -> None:
+    """The optimizer of a plugin loads it, and triton, before the report is drawn."""
+    code = (
+        "import sys; from mnist_cli.__main__ import program; code = program();"
+        " assert 'torch._dynamo' in sys.modules and 'matplotlib' in sys.modules; sys.exit(code)"
+    )
+    words = ("train", "plugin=my_models", *MINE, "report=true", f"out={tmp_path / 'run'}")
+    path = os.pathsep.join([str(mine), str(ROOT)])
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
 def test_a_sweep_runs_on_options_of_a_plugin(

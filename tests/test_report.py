@@ -431,6 +431,14 @@ def test_two_runs_side_by_side(mnist_cli: Program, trained: Trained) -> None:
     assert sum(1 for _ in parsed(path).iter("img")) > 0
 
 
+def test_the_better_of_two_runs_is_named(mnist_cli: Program, trained: Trained) -> None:
+    good, bad = trained(*MLP), trained(*MLP, "optim.lr=1e-30")
+    for runs, better in (((good, bad), "A"), ((bad, good), "B")):
+        outcome = mnist_cli("report", f"run={runs[0]},{runs[1]}", f"out={better}")
+        assert f"{better} is better (p < 0.0001)" in outcome.stdout
+        assert f"{better} is better" in text_of(Path(better) / "compare.html")
+
+
 def test_two_regressions(mnist_cli: Program, trained: Trained) -> None:
     words = tuple(word for word in WIDE if word != "epochs=2")
     a, b = trained(*WIDE), trained(*words, "epochs=5")

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -234,6 +235,32 @@ def test_gradient_accumulation_and_clipping_resume(tmp_path: Path) -> None:
         assert outcome_of(folder) == stops.outcome
 
 
+def test_saves_are_so_many_seconds_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that counts the steps: 20 an epoch."""
+    taken: list[int] = []
+    saved: list[int] = []
+    take_step, save = train_step.take_step, loop.save
+
+    def counting_step(learner: Learner, indices: torch.Tensor, step: int) -> float:
+        taken.append(step)
+        return take_step(learner, indices, step)
+
+    def noting_save(learner: Learner, path: Path) -> None:
+        save(learner, path)
+        if path.name == "last.safetensors":
+            saved.append(learner.progress.step)
+
+    clock = types.SimpleNamespace(
+        perf_counter=time.perf_counter, monotonic=lambda: float(len(taken))
+    )
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(loop, "save", noting_save)
+    monkeypatch.setattr(train_step, "take_step", counting_step)
+    ended = here(*TRAIN, "epochs=2", "save_every=8s", f"out={tmp_path / 'run'}", "--quiet")
+    assert ended.code == 0
+    assert saved == [8, 16, 20, 28, 36, 40]
+
+
 # --- damage --------------------------------------------------------------------------------------
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -300,6 +327,13 @@ def test_a_torn_metrics_file_is_mended(stops: Stops, tmp_path: Path, tail: bytes
     assert outcome_of(folder) == stops.outcome
 
 
+def test_rows_of_epochs_that_were_not_saved_are_written_again(stops: Stops, tmp_path: Path) -> None:
+    folder = stops.after(33, tmp_path / "run")
+    shutil.copy(stops.folder / "metrics.csv", folder)
+    stops.resume(folder)
+    assert outcome_of(folder) == stops.outcome
+
+
 def test_a_metrics_file_that_is_gone_is_missed(stops: Stops, tmp_path: Path) -> None:
     folder = stops.after(43, tmp_path / "run")
     (folder / "metrics.csv").unlink()
@@ -349,6 +383,23 @@ def test_times_are_those_of_all_sessions(stops: Stops, tmp_path: Path) -> None:
     assert all(times[name] > seconds for name, seconds in started.items())
     assert times["total_s"] >= started["total_s"] + times["train_s"]  # no step was lost by the kill
     assert times["train_s"] > trained_s
+
+
+def test_an_epoch_counts_the_seconds_before_it_was_stopped(stops: Stops, tmp_path: Path) -> None:
+    saved = [
+        checkpoint.load(stops.after(step, tmp_path / f"{step}") / "last.safetensors")
+        for step in (21, 33, 39)
+    ]
+    seconds = [each.progress.epoch_s for each in saved]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+    folder = tmp_path / "33"
+    progress = dataclasses.replace(saved[1].progress, epoch_s=1e4)
+    checkpoint.save(folder / "last.safetensors", dataclasses.replace(saved[1], progress=progress))
+    stops.resume(folder)
+    rows = RunFolder(folder).read_metrics()
+    assert [row["seconds"] > 1e4 for row in rows] == [False, True, False]
+    times = json.loads((folder / "result.json").read_text())["time"]
+    assert times["train_s"] == pytest.approx(sum(row["seconds"] for row in rows))
 
 
 @pytest.mark.parametrize("times", [None, [], {"eval_s": -9.0, "data_s": "x", "total_s": True}])

@@ -41,7 +41,7 @@ from mnist_cli.options import (
     SmoothedLossConfig,
 )
 from mnist_cli.signals import SignalWatch
-from mnist_cli.stacked import Member, rounds
+from mnist_cli.stacked import Member, rounds, stack
 from mnist_cli.stacked.loss import build_losses
 from mnist_cli.stacked.network import Network
 from mnist_cli.stacked.optimizer import _RATES, _UPDATES, Optimizer
@@ -352,6 +352,21 @@ def test_a_step_loads_nothing_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -
 def test_every_optimizer_trains_as_alone(trained: Run, optimizer: str, own: list[str]) -> None:
     together = [[*own, "schedule=cosine"], ["seed=1", "model.dropout=0.4"], ["model.dropout=0"]]
     check(trained, (*MLP, f"optim={optimizer}"), together)
+
+
+@pytest.mark.parametrize(
+    "words", [("optim=adam",), ("optim=adagrad", "optim.lr_decay=0.1")], ids=["adam", "adagrad"]
+)
+def test_an_epoch_that_is_planned_in_parts_trains_as_alone(
+    trained: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(stack, "AHEAD", 5)
+    check(trained, (*LINEAR, *words, "epochs=2"), [["optim.lr=0.01"], ["optim.lr=0.02"]])
+
+
+def test_seeds_of_different_numbers_of_runs_train_as_alone(trained: Run) -> None:
+    own = [["optim.lr=0.01"], ["optim.lr=0.02"], ["optim.lr=0.03"], ["seed=1"]]
+    check(trained, (*MLP, "epochs=2"), own)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl_div", "bce"])

@@ -935,6 +935,24 @@ def test_a_search_says_what_it_found(mnist_cli: Program) -> None:
         assert config["optim"]["name"] == trial["config"]["optim"]
 
 
+def test_a_search_is_told_the_scores_on_the_validation_split(mnist_cli: Program) -> None:
+    words = (*SEARCH, "sweep.trials=3", "sweep.objectives=[val_accuracy,val_loss]", "out=a")
+    assert mnist_cli(*words).code == 0
+    trials = board_of(Path("a"))["history"]
+    assert len(trials) == 3
+    for trial in trials:
+        scores = result_of(Path("a") / trial["job"])["val"]
+        assert trial["values"] == [scores["accuracy"], scores["loss"]]
+
+
+def test_a_trial_that_diverges_has_failed_and_was_not_given_up(mnist_cli: Program) -> None:
+    words = ("train", "-m", *TINY, "optim=sgd", "optim.lr=0.1,1e30", "sweep.search=optuna")
+    outcome = mnist_cli(*words, "sweep.sampler=grid", "sweep.pruner=median", "out=a", "--quiet")
+    assert outcome.code == 1
+    found = {(trial[3]["optim.lr"], trial[0]) for trial in history(Path("a"))}
+    assert found == {("0.1", "complete"), ("1e+30", "fail")}
+
+
 @pytest.mark.parametrize("pruner", ["median", "halving"])
 def test_what_lies_behind_is_given_up_and_is_no_failure(mnist_cli: Program, pruner: str) -> None:
     words = ("train", "-m", *TINY, "epochs=4", "optim.lr=0.1,0.05,0.02,1e-7,1e-8,1e-9,1e-10,1e-11")

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,11 +32,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mnist_cli import checkpoint, conf, dataset, loop, schedule
+from mnist_cli import checkpoint, conf, dataset, loop, runtime, schedule, train, train_step
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Best, Progress
 from mnist_cli.cli import main
 from mnist_cli.config import TrainConfig, config_hash, to_plain, train_config
+from mnist_cli.learner import Learner
+from mnist_cli.model.dropout import Dropout
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
 
@@ -270,6 +273,32 @@ def test_the_seed_decides(mnist_cli: Program) -> None:
     assert a["config_hash"] != c["config_hash"]
 
 
+def test_every_epoch_sees_all_rows_in_an_order_of_its_own(
+    mnist_cli: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = train_step.take_step
+
+    def take_step(learner: Learner, indices: Tensor, step: int) -> float:
+        seen.extend(indices.tolist())
+        return real(learner, indices, step)
+
+    monkeypatch.setattr(train_step, "take_step", take_step)
+    assert mnist_cli("train", *DIGITS, "epochs=3", "report=false", "out=run").code == 0
+    num_rows = result_of(Path("run"))["dataset"]["n_train"]
+    orders = [tuple(seen[i : i + num_rows]) for i in range(0, len(seen), num_rows)]
+    assert [sorted(order) for order in orders] == [list(range(num_rows))] * 3
+    assert len(set(orders)) == 3
+
+
+def test_every_step_drops_other_values(trained: Trained) -> None:
+    """Of the same rows, at weights that don't move."""
+    words = ("model=mlp", "model.hidden=[16]", "model.dropout=0.5", "optim.lr=1e-30")
+    learner = train.prepare(config_of(trained(*DIGITS, *words)), None, time.monotonic())
+    losses = [train_step.take_step(learner, torch.arange(64), step) for step in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]
+
+
 # --- what the keys do ----------------------------------------------------------------------------
 
 FULL_BATCH = ("dataset=digits", "model=linear", "optim=sgd", "optim.lr=0.5", "batch_size=2000")
@@ -445,6 +474,15 @@ def test_a_run_that_diverges(mnist_cli: Program) -> None:
     assert log.endswith(f"error: {outcome.error}\nhint: {outcome.hint}\n")
 
 
+def test_a_run_whose_validation_loss_alone_is_not_finite_diverges(mnist_cli: Program) -> None:
+    words = (*FULL_BATCH, "optim.lr=1e25", "loss=mse", "epochs=1", "out=run")
+    outcome = mnist_cli("train", *words)
+    assert outcome.code == 5
+    assert "the validation loss is inf at step 1," in outcome.error
+    assert result_of(Path("run"))["status"] == "diverged"
+    assert not Path("run/metrics.csv").exists()
+
+
 def test_a_run_imports_nothing_that_it_does_not_need(trained: Trained, tmp_path: Path) -> None:
     trained("dataset=digits", "model=mlp", "epochs=1")  # leaves the decoded digits in the cache
     heavy = {"torch._dynamo", "torchvision", "sklearn", "PIL", "onnx", "onnxruntime", "matplotlib"}
@@ -510,9 +548,38 @@ def test_a_profile_that_can_not_be_written_is_said_so(mnist_cli: Program) -> Non
     assert outcome.stderr.startswith("warning: no trace was written: can't write run/trace.json")
 
 
+compiles = pytest.mark.skipif(
+    not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler"
+)
+
+
+@compiles
+def test_a_compiled_dropout_draws_at_each_step_and_repeats() -> None:
+    layer: Callable[[Tensor], Tensor] = torch.compile(Dropout(0.25))
+
+    def drawn(step: int) -> Tensor:
+        runtime.reseed(torch.device("cpu"), runtime.counted_seed(0, "step", step))
+        return layer(torch.ones(90, 301))
+
+    masks = [drawn(step) for step in (1, 2, 1)]
+    assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
+    for mask in masks:
+        assert torch.equal(mask.unique(), torch.tensor([0, 1 / 0.75]))
+        assert mask.mean().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.torture
+@pytest.mark.skipif(not TORTURE, reason="takes a minute: set MNIST_CLI_TORTURE=1")
+@compiles
+def test_a_compiled_model_with_dropout_learns(mnist_cli: Program) -> None:
+    words = ("model=mlp", "model.dropout=0.2", "dataset=digits", "epochs=3", "--quiet")
+    assert mnist_cli("train", *words, "compile=true", "out=run").code == 0
+    assert result_of(Path("run"))["test"]["accuracy"] > 0.85
+
+
 @pytest.mark.torture
 @pytest.mark.skipif(not TORTURE, reason="takes 15 s: set MNIST_CLI_TORTURE=1")
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
+@compiles
 def test_a_compiled_model_learns_the_same(mnist_cli: Program) -> None:
     words = (*LINE, "model=mlp", "model.dropout=0", "dataset.num_samples=80", "epochs=2", "--quiet")
     for out, compiled in (("a", "false"), ("b", "true")):

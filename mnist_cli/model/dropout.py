@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 LEVELS = 2**16  # resolution of the probability: it is off by at most 1 / LEVELS
 
@@ -25,6 +26,8 @@ class Dropout(nn.Module):
         """Any shape and float dtype; the same comes back."""
         if not self.training or self.p == 0:
             return values
+        if torch.compiler.is_compiling():  # it draws with a generator of its own, and fuses that
+            return functional.dropout(values, self.p)
         return values * self.mask(values)
 
     def mask(self, values: Tensor) -> Tensor:
