@@ -29,6 +29,7 @@ def run(config: Any, typed: Sequence[str], console: Console, started_s: float | 
     Raises:
         UsageError: `out=` is a file.
         ResourceError: the answers of a command could not be printed.
+        MnistCliError: whatever the command raises.
     """
     out = getattr(config, "out", None)
     if out is not None:
@@ -48,10 +49,14 @@ def run(config: Any, typed: Sequence[str], console: Console, started_s: float | 
 
 
 def _look(config: Any) -> None:
-    """Raises UsageError or CheckpointError: a path is wrong, which the command would find too."""
+    """Say now of a path what the command would say after torch is imported. Raises as it does."""
     if isinstance(config, TrainConfig):
-        if find.run_to_resume(config) is None and config.out is not None:
-            runs.refuse_taken(Path(config.out), config.resume == "auto")
+        if find.run_to_resume(config) is not None or config.out is None:
+            return
+        with contextlib.suppress(OSError):
+            if runs.holds_run(Path(config.out)):
+                with runs.create(config.out, "", config.resume == "auto"):
+                    pass
     elif not isinstance(config, ReportConfig):
         find.checkpoint(config.checkpoint)
 

@@ -182,7 +182,6 @@ def _search(
         for end in part.ends[1:]:
             try:
                 job = make_job(words_of(space, middle | {part.key: end}))
-                search.check(settings, space, job.config)
             except UsageError as error:
                 if not (isinstance(part, Numbers) and part.step is None and "whole" in error.hint):
                     raise
@@ -192,6 +191,7 @@ def _search(
                     f"{part.key} takes whole numbers, and an interval gives others too",
                     f"type '{part.key}={whole}'",
                 ) from error
+            search.check(settings, space, job.config, first.config)
     return sweep.run_search(
         space, first, make_job, settings, console, draw_typed, command.draw_sweep
     )

@@ -269,7 +269,7 @@ def restore_state(
     state: dict[int, dict[str, Tensor]] = {}
     for index, (name, parameter) in enumerate(model.named_parameters()):
         own = {key: tensors[f"{name}.{key}"] for key in names if f"{name}.{key}" in tensors}
-        if own or names == ("momentum_buffer",):  # an SGD without momentum kept nothing
+        if own or (names and isinstance(config, SgdConfig)):  # whose momentum may just have come
             missing = {key: torch.zeros_like(parameter) for key in names if key not in own}
             state[index] = own | missing
     groups = optimizer.state_dict()["param_groups"]

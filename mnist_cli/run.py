@@ -207,19 +207,16 @@ def create(out: str | None, parent: str, is_resumed: bool = False) -> Iterator[R
     durable.make_folder(folder)
     with durable.locked(folder):
         durable.remove_stale_temporaries(folder)
-        refuse_taken(folder, is_resumed)
+        if any(holds_run(job) for job in folder.glob("*-*/")):
+            raise UsageError(
+                f"out={folder} holds the folders of other runs", "name another: out=DIR"
+            )
+        if holds_run(folder) and not (is_resumed and _never_began(folder)):
+            raise UsageError(
+                f"out={folder} holds a run already",
+                "type resume=auto to continue it, or name another folder",
+            )
         yield RunFolder(folder)
-
-
-def refuse_taken(folder: Path, is_resumed: bool) -> None:
-    """Raises UsageError: `folder` holds a run, or runs, of which nothing shall be overwritten."""
-    if any(holds_run(job) for job in folder.glob("*-*/")):
-        raise UsageError(f"out={folder} holds the folders of other runs", "name another: out=DIR")
-    if holds_run(folder) and not (is_resumed and _never_began(folder)):
-        raise UsageError(
-            f"out={folder} holds a run already",
-            "type resume=auto to continue it, or name another folder",
-        )
 
 
 @contextlib.contextmanager

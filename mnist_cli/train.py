@@ -17,7 +17,7 @@ from torch import nn
 from mnist_cli import cuda_graph, dataset, find, logger, optim, outcome, resume, runtime, schedule
 from mnist_cli import run as runs
 from mnist_cli.checkpoint import Checkpoint, Progress
-from mnist_cli.config import TrainConfig, config_hash
+from mnist_cli.config import TrainConfig, config_hash, to_plain
 from mnist_cli.console import Console
 from mnist_cli.dataset import Dataset, Normalise
 from mnist_cli.errors import DataError, UsageError
@@ -43,7 +43,7 @@ from mnist_cli.signals import SignalWatch
 from mnist_cli.train_step import lr_of
 
 RUNS = "outputs/train"
-FOR_TRAINING = ("logger", "predictions", "profile", "report")  # without effect on what is done
+OF_TRAINING = ("logger", "predictions", "profile", "report")  # that a run does besides it
 
 
 def run(
@@ -132,7 +132,8 @@ def opened(
         result = folder.read_result()
         if result and runs.is_complete(result, config):
             console.say(f"{old_folder} is already complete at step {before.progress.step}")
-            if late := [key for key in FOR_TRAINING if key in typed and getattr(config, key)]:
+            new, old = to_plain(config), to_plain(before.config)
+            if late := [key for key in OF_TRAINING if new[key] and new[key] != old[key]]:
                 console.warn(f"{', '.join(late)} changed nothing: there was nothing to train")
             yield result
             return

@@ -247,6 +247,7 @@ MALFORMED = [
     ("report outputs/train/RUN", "outputs/train/RUN", "type run=outputs/train/RUN"),
     ("train dataset=digits epochs=2 early_stop.patience=3", "patience=3 can", "patience=null"),
     (f"train dataset=digits out={'x' * 300}", "File name too long", "out=DIR"),
+    (f"train -m dataset=digits out={'x' * 300}", "File name too long", "out=DIR"),
     ("train dataset=digits out=/proc/x", "can't make /proc/x: No such file", "out=DIR"),
     # Hydra's grammar
     ("train optim.lr=[0.1", "'optim.lr=[0.1'", "quote it"),

@@ -142,7 +142,10 @@ def test_data_that_takes_too_much_memory_is_not_all_there_at_once(
 def test_a_signal_does_not_wait_for_the_data(
     mnist_cli: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[DatasetConfig] = []
+
     def official(config: DatasetConfig) -> Dataset:
+        asked.append(config)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the signal was kept for later")
 
@@ -150,6 +153,7 @@ def test_a_signal_does_not_wait_for_the_data(
     outcome = mnist_cli("train", "-m", *TINY, "optim.lr=0.01,0.02", "seed=0", "out=a")
     assert outcome.code == 130
     assert outcome.error == "interrupted with 2 of 2 jobs left; what is done is in a"
+    assert len(asked) == 1 and not folders(Path("a"))
 
 
 # --- which jobs ----------------------------------------------------------------------------------

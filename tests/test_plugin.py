@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, Program
 from faults import outcome_of, two_lines
 
-from mnist_cli import checkpoint, completion, options
+from mnist_cli import checkpoint, completion, options, train_step
 
 RUN = ("dataset=digits", "epochs=1", "report=false", "--quiet")
 MINE = ("model=tiny", "model.width=24", "optim=radam", "optim.lr=0.02", *RUN)
@@ -314,7 +314,7 @@ from torch import nn
 class Net(nn.Module):
     def __init__(self, input_shape, num_outputs):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(SHAPE), requires_grad=FROZEN)
+        self.scale = nn.Parameter(torch.ones(SHAPE), requires_grad=IS_TRAINED)
         self.output = nn.Linear(64, num_outputs)
     def forward(self, inputs):
         return self.output(inputs.flatten(1)) * (self.scale.mean() if USED else 1.0)
@@ -337,7 +337,7 @@ def test_a_model_may_have_weights_that_are_not_trained_nor_over_pixels(
     mnist_cli: Program, site: Path, tmp_path: Path, shape: str, is_used: bool, is_trained: bool
 ) -> None:
     text = ODD.replace("SHAPE", shape).replace("USED", str(is_used))
-    text = text.replace("FROZEN", str(is_trained))
+    text = text.replace("IS_TRAINED", str(is_trained))
     install(site, package("odd", "odd.options", "model/odd", text=text))
     words = ("plugin=odd", "model=odd", "dataset=digits", "epochs=2", f"out={tmp_path / 'run'}")
     ended = mnist_cli("train", *words)
@@ -347,6 +347,43 @@ def test_a_model_may_have_weights_that_are_not_trained_nor_over_pixels(
     assert {name.partition(".")[0] for name in whole.optim} == {"output"}
     resumed = mnist_cli("train", "plugin=odd", f"resume={tmp_path / 'run'}", "epochs=3", "--quiet")
     assert (resumed.code, resumed.stderr) == (0, "")
+
+
+DAMPED = (
+    HEAD
+    + """
+import torch
+
+@dataclass(frozen=True, kw_only=True)
+class Damped(PluginOptimConfig):
+    name: Literal["damped"]
+    def build(self, params):
+        return torch.optim.SGD(params, lr=self.lr, momentum=0.9, dampening=0.5)
+
+OPTIONS = [Damped]
+"""
+)
+
+
+def test_an_optimizer_is_given_no_state_that_it_did_not_leave(
+    mnist_cli: Program, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first step may be another than one from zeros; here the run was killed before it."""
+    files = package("damped", "damped.options", "optim/damped", text=DAMPED)
+    files["damped/conf/optim/damped.yaml"] += "lr: 0.1\n"
+    install(site, files)
+
+    def killed(*arguments: object) -> float:
+        raise KeyboardInterrupt
+
+    words = ("plugin=damped", "optim=damped", "model=linear", *RUN)
+    assert mnist_cli("train", *words, f"out={tmp_path / 'whole'}").code == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_step, "take_step", killed)
+        mnist_cli("train", *words, f"out={tmp_path / 'cut'}")
+    resumed = mnist_cli("train", "plugin=damped", f"resume={tmp_path / 'cut'}", "--quiet")
+    assert (resumed.code, resumed.stderr) == (0, "")
+    assert outcome_of(tmp_path / "cut") == outcome_of(tmp_path / "whole")
 
 
 def test_two_plugins_may_not_have_the_same_option_or_name(mnist_cli: Program, mine: Path) -> None:

@@ -143,12 +143,14 @@ def test_a_run_that_is_not_complete_says_so(mnist_cli: Program, trained: Trained
 def test_the_settings_are_those_of_the_whole_run(mnist_cli: Program, trained: Trained) -> None:
     """Not of the selected weights, which may be older than the settings that came by a resume."""
     run = Path(shutil.copytree(trained(*MLP), "run"))
-    words = ("optim.lr=1e-30", "early_stop.patience=7", "resume_allow=[optim,early_stop]")
+    words = ("optim.lr=0.5", "early_stop.patience=7", "resume_allow=[optim,early_stop]")
     ended = mnist_cli("train", f"resume={run}", "epochs=9", *words, "--quiet")
     assert (ended.code, ended.stderr) == (0, "")
+    best, last = (checkpoint.load(run / f"{name}.safetensors") for name in ("best", "last"))
+    assert best.progress.step < last.progress.step
     assert mnist_cli("report", f"run={run}").code == 0
     text = text_of(run / "report.html")
-    assert "epochs=9" in text and "optim.lr=1e-30" in text and "early_stop.patience=7" in text
+    assert "epochs=9" in text and "optim.lr=0.5" in text and "early_stop.patience=7" in text
 
 
 def test_a_run_whose_data_changed_is_shown_without_them(

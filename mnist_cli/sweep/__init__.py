@@ -129,7 +129,7 @@ def run_search(
     Raises:
         UsageError: nothing was written.
     """
-    objectives = searching.check(settings, space, first.config)
+    objectives = searching.check(settings, space, first.config, first.config)
     folder = folder_of([first], settings)
     with durable.SharedFolder(folder) as shared:
         with shared.door():

@@ -102,6 +102,10 @@ def _open(
         except Exception as error:
             on_end(job, failed(error, job))
             continue
+        except Interrupted as error:
+            for each in (*(member.job for member in members), job, *left):
+                on_end(each, failure(error, each))
+            raise
         if isinstance(found, Run):
             members.append(_Member(job, found, own))
         else:

@@ -98,7 +98,9 @@ def folder_of(jobs: Sequence[TrainJob], settings: SweepConfig) -> Path:
     if out is None:
         return runs.unique_folder(Path(SWEEPS))
     folder = Path(os.path.expanduser(out))
-    if folder.is_file():
+    with durable.writing(folder):
+        is_file = folder.is_file()
+    if is_file:
         raise UsageError(f"out={folder} is a file", "name a folder: out=DIR")
     if runs.holds_run(folder) or any(runs.holds_run(job) for job in folder.glob("*-*/")):
         raise UsageError(

@@ -25,6 +25,7 @@ from mnist_cli.run import LARGEST_METRIC, MAX_BYTES, RunFolder, command_of
 from mnist_cli.sweep import display
 
 SCHEMA = 1
+OF_NO_DATASET = ("dataset.root", "dataset.mirror", "dataset.val_fraction")  # it stays the same
 NAME = "leaderboard"
 JSON = f"{NAME}.json"
 LOCATION_KEYS = {"seed", *FREE_KEYS} - {"device"}  # no two configurations differ by these alone
@@ -211,9 +212,9 @@ def _ranking(
         return None, "by nothing: no job was completed"
     if len(metrics) > 1:
         return None, f"by nothing: {', '.join(metrics)} don't compare"
-    if len({config.get("dataset") for config in known}) > 1:
+    if len({_part_of(config, "dataset") for config in known}) > 1:
         return None, "by nothing: scores on different datasets don't compare"
-    if metrics == ["val_loss"] and len({_loss_in(config) for config in known}) > 1:
+    if metrics == ["val_loss"] and len({_part_of(config, "loss") for config in known}) > 1:
         return None, "by nothing: the val_loss of different losses don't compare"
     [metric] = metrics
     failed = [bool(row["failed"]) for row in rows if row["mean"] is not None]
@@ -224,10 +225,12 @@ def _ranking(
     )
 
 
-def _loss_in(config: dict[str, str]) -> frozenset[tuple[str, str]]:
-    """The settings of the loss."""
+def _part_of(config: dict[str, str], group: str) -> frozenset[tuple[str, str]]:
+    """The settings of a group; of a dataset those that make it another one."""
     return frozenset(
-        (key, value) for key, value in config.items() if key.partition(".")[0] == "loss"
+        (key, value)
+        for key, value in config.items()
+        if key.partition(".")[0] == group and key not in OF_NO_DATASET
     )
 
 

@@ -8,7 +8,7 @@ Search       the plan in between: trials into jobs, and how they ended
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mnist_cli import durable
 from mnist_cli.config import FREE_KEYS, OBJECTIVES, SweepConfig, TrainConfig, flatten, to_plain
@@ -17,6 +17,7 @@ from mnist_cli.imports import importing
 from mnist_cli.run import as_typed
 from mnist_cli.sweep.board import Board
 from mnist_cli.sweep.job import Document, TrainJob, failure, has_failed, place_of, placed, result_of
+from mnist_cli.sweep.leaderboard import OF_NO_DATASET
 from mnist_cli.sweep.space import Space, words_of
 from mnist_cli.sweep.study import Study
 
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     import optuna
 
 
-def check(settings: SweepConfig, space: Space, config: TrainConfig) -> list[str]:
-    """The objectives of a search in `space` whose jobs are like `config`.
+def check(
+    settings: SweepConfig, space: Space, config: TrainConfig, other: TrainConfig
+) -> list[str]:
+    """The objectives of a search in `space` that may come upon `config` and `other`.
 
     Raises:
         UsageError: there is nothing to search by, a grid of it can't be counted, or Optuna isn't
@@ -51,9 +54,9 @@ def check(settings: SweepConfig, space: Space, config: TrainConfig) -> list[str]
             f"sweep.objectives names {foreign}, which dataset={config.dataset.name} has not",
             f"name some of: {', '.join(name for name in OBJECTIVES if name != foreign)}",
         )
-    if any(part.key == "dataset" for part in space):
+    if data_of(config) != data_of(other):
         raise UsageError(
-            "a search can't choose dataset: scores on different datasets don't compare",
+            "a search can't choose the dataset: scores on different datasets don't compare",
             "search once for each dataset",
         )
     if settings.pruner != "none" and objectives[0] != config.monitored:
@@ -63,10 +66,9 @@ def check(settings: SweepConfig, space: Space, config: TrainConfig) -> list[str]
             f" for {objectives[0]}",
             f"type monitor={objectives[0]}" if is_metric else "type sweep.pruner=none",
         )
-    of_loss = [part.key for part in space if part.key.partition(".")[0] == "loss"]
-    if "val_loss" in objectives and of_loss:
+    if "val_loss" in objectives and config.loss != other.loss:
         raise UsageError(
-            f"a search by val_loss can't choose {of_loss[0]}: different losses don't compare",
+            "a search by val_loss can't choose the loss: different losses don't compare",
             "type monitor=val_accuracy, or leave it out",
         )
     if settings.sampler == "grid":
@@ -75,11 +77,18 @@ def check(settings: SweepConfig, space: Space, config: TrainConfig) -> list[str]
     return objectives
 
 
+def data_of(config: TrainConfig) -> dict[str, Any]:
+    """What tells one dataset from another."""
+    values = flatten(to_plain(config)["dataset"], "dataset.")
+    return {key: value for key, value in values.items() if key not in OF_NO_DATASET}
+
+
 def fixed(config: TrainConfig, space: Space) -> dict[str, str]:
     """What nobody chose between, {key: value as typed}, of a job of the search."""
+    values = flatten(to_plain(config)) | {"monitor": config.monitored}
     typed = {
         key.removesuffix(".name"): as_typed(value)
-        for key, value in flatten(to_plain(config)).items()
+        for key, value in values.items()
         if key not in FREE_KEYS
     }
     for part in space:

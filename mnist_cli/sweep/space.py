@@ -50,8 +50,8 @@ class Numbers(NamedTuple):
     def told(self) -> str:
         """What may be chosen, in words."""
         scale = " on a log scale" if self.is_log else ""
-        step = f" in steps of {self.step:g}" if self.step else ""
-        return f"{self.low:g} to {self.high:g}{scale}{step}"
+        step = f" in steps of {self.step!r}" if self.step else ""
+        return f"{self.low!r} to {self.high!r}{scale}{step}"
 
     @property
     def ends(self) -> tuple[Any, ...]:
