@@ -21,6 +21,8 @@ from mnist_cli.errors import LockedError, MnistCliError, ResourceError, UsageErr
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
 
+ELSEWHERE = "name another folder with out=DIR"
+
 
 def write(path: Path, data: bytes) -> None:
     """Put `data` at `path`, durably and all at once.
@@ -74,7 +76,7 @@ def make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, elsewhere: str = "name another folder with out=DIR") -> Iterator[None]:
+def writing(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
     """Turn an OSError of the block into a ResourceError that names `path`.
 
     Args:
@@ -152,14 +154,17 @@ def _is_alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
     """Hold `folder` for this process. The kernel lets go when the process ends, however it ends.
+
+    Args:
+        elsewhere: what to do if it can't be held.
 
     Raises:
         LockedError: another process holds it.
         ResourceError: it can't be written, or its file system has no locks.
     """
-    path, elsewhere = folder / ".lock", "take another folder"
+    path = folder / ".lock"
     with writing(path, elsewhere):
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o644)

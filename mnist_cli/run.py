@@ -226,7 +226,7 @@ def reopen(folder: Path) -> Iterator[RunFolder]:
     Raises:
         LockedError: another process is at it.
     """
-    with durable.locked(folder):
+    with durable.locked(folder, "copy the run elsewhere"):
         durable.remove_stale_temporaries(folder)
         yield RunFolder(folder)
 

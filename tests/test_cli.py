@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 from mnist_cli import command, compose, conf, sweep
-from mnist_cli.config import Config, PredictConfig, TrainConfig, to_plain, train_config
+from mnist_cli.config import Config, PredictConfig, TrainConfig, absolute, to_plain, train_config
 from mnist_cli.run import command_of
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
@@ -96,7 +96,7 @@ MALFORMED = [
     ("train --info nonsense", "nonsense", ""),
     ("train --cfg job -p nope", "nope", ""),
     ("train --resolve", "--resolve", ""),
-    ("train -m --cfg job seed=0,1", "--cfg", ""),
+    ("train -m --cfg job seed=0,1", "gives several values", "type the one to be shown"),
     ("train --config-dir", "--config-dir needs a value", "--help"),
     ("train --config-dir nowhere dataset=digits", "nowhere", ""),
     # groups and options
@@ -533,7 +533,7 @@ def test_the_command_of_a_run_composes_it_again(
     plain = to_plain(composed(mnist_cli, "train", "model=mlp", "schedule=onecycle"))
     plain["model"]["hidden"] = hidden
     plain["optim"] |= {"lr": lr, "weight_decay": decay}
-    plain["dataset"]["root"] = root
+    plain["dataset"]["root"] = root and absolute(root)
     plain["save_every"] = every
     config = train_config(plain)
     assert composed(mnist_cli, *shlex.split(command_of(config))[1:]) == config
