@@ -306,7 +306,7 @@ def test_seeds_that_are_left_do_not_win(tmp_path: Path) -> None:
         leave(tmp_path, f"b{seed}", f"optim.lr=0.2 seed={seed}", 0.9)
     board = leaderboard.build(tmp_path)
     assert [(row["config"]["optim.lr"], row["n"]) for row in board["rows"]] == [(0.2, 3), (0.1, 1)]
-    assert board["ranked_by"].endswith("highest first, then those with failed seeds")
+    assert board["ranked_by"].endswith("highest first, then those with diverged seeds")
     for seed in range(3):
         shutil.rmtree(tmp_path / f"b{seed}")
     leave(tmp_path, "b2", "optim.lr=0.2 seed=2", None, status="failed")
@@ -316,6 +316,15 @@ def test_seeds_that_are_left_do_not_win(tmp_path: Path) -> None:
         "val_accuracy 99.00%, test accuracy 50.00% (1 of 3 seeds)"
         in (tmp_path / "leaderboard.md").read_text()
     )
+
+
+def test_a_seed_that_failed_otherwise_costs_no_rank(tmp_path: Path) -> None:
+    for seed, status in enumerate(("completed", "failed", "interrupted")):
+        leave(tmp_path, f"a{seed}", f"optim.lr=0.1 seed={seed}", 0.99, status=status, error="x")
+        leave(tmp_path, f"b{seed}", f"optim.lr=0.2 seed={seed}", 0.9)
+    board = leaderboard.build(tmp_path)
+    assert board["ranked_by"] == "by mean val_accuracy, highest first"
+    assert [(row["config"]["optim.lr"], row["n"]) for row in board["rows"]] == [(0.1, 1), (0.2, 3)]
 
 
 def test_scores_on_different_datasets_do_not_compare(tmp_path: Path) -> None:

@@ -105,8 +105,7 @@ def build(
     metric, ranked_by = _ranking(listed, [own[0].config for own in rows.values()])
     ranked = [row for row in listed if row["mean"] is not None and metric is not None]
     sign = -1 if metric is not None and is_maximized(metric) else 1
-    # The seeds that are left of a configuration may be its luck.
-    ranked.sort(key=lambda row: (bool(row["failed"]), sign * row["mean"]))
+    ranked.sort(key=lambda row: (_has_diverged(row), sign * row["mean"]))
     for rank, row in enumerate(ranked, 1):
         row["rank"] = rank
     rest = [row for row in listed if row not in ranked]
@@ -217,12 +216,17 @@ def _ranking(
     if metrics == ["val_loss"] and len({_part_of(config, "loss") for config in known}) > 1:
         return None, "by nothing: the val_loss of different losses don't compare"
     [metric] = metrics
-    failed = [bool(row["failed"]) for row in rows if row["mean"] is not None]
-    rest = ", then those with failed seeds" if any(failed) and not all(failed) else ""
+    unstable = [_has_diverged(row) for row in rows if row["mean"] is not None]
+    rest = ", then those with diverged seeds" if any(unstable) and not all(unstable) else ""
     return (
         metric,
         f"by mean {metric}, {'highest' if is_maximized(metric) else 'lowest'} first{rest}",
     )
+
+
+def _has_diverged(row: dict[str, Any]) -> bool:
+    """Whether some seeds diverged: the mean of the rest is one of the lucky ones."""
+    return any(job["state"] == "diverged" for job in row["failed"])
 
 
 def _part_of(config: dict[str, str], group: str) -> frozenset[tuple[str, str]]:
