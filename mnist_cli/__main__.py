@@ -23,10 +23,13 @@ def program() -> int:
 
 def _leave(number: int, frame: types.FrameType | None) -> None:
     """End the process, which has done nothing yet but import its first modules."""
-    name = signal.Signals(number).name
-    lines = f"error: interrupted by {name}\nhint: type the command again to start over\n"
-    os.write(2, lines.encode())
-    os._exit(128 + number)
+    error = f"interrupted by {signal.Signals(number).name}"
+    hint, code = "type the command again to start over", 128 + number
+    if "--json" in sys.argv:  # nothing may be imported here
+        document = f'{{"error": "{error}", "hint": "{hint}", "exit_code": {code}}}\n'
+        os.write(1, document.encode())
+    os.write(2, f"error: {error}\nhint: {hint}\n".encode())
+    os._exit(code)
 
 
 if __name__ == "__main__":

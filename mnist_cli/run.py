@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_cli import durable, regular_file, strict_json
-from mnist_cli.config import TrainConfig, config_hash, to_plain
+from mnist_cli.config import TrainConfig, config_hash, flatten, to_plain
 from mnist_cli.console import Console
 from mnist_cli.errors import UsageError
 
@@ -271,18 +271,17 @@ def unique_folder(parent: Path) -> Path:
 
 def command_of(config: TrainConfig) -> str:
     """The exact command that repeats a run: every group and every key, ready for a shell."""
-    words = ["mnist-cli", "train"]
-    for key, value in to_plain(config).items():
-        if key in ("out", "resume", "resume_allow"):
-            continue
-        if isinstance(value, dict) and "name" in value:
-            words.append(f"{key}={value['name']}")
-            words += [f"{key}.{k}={as_typed(v)}" for k, v in value.items() if k != "name"]
-        elif isinstance(value, dict):
-            words += [f"{key}.{k}={as_typed(v)}" for k, v in value.items()]
-        else:
-            words.append(f"{key}={as_typed(value)}")
-    return shlex.join(words)
+    words = [f"{key}={value}" for key, value in typed_in(config).items()]
+    return shlex.join(["mnist-cli", "train", *words])
+
+
+def typed_in(config: TrainConfig) -> dict[str, str]:
+    """{key: value as one types it} of every group and every key but those of one place or time."""
+    return {
+        key.removesuffix(".name"): value if key.endswith(".name") else as_typed(value)
+        for key, value in flatten(to_plain(config)).items()
+        if key not in ("out", "resume", "resume_allow")
+    }
 
 
 def quoted(text: str) -> str:

@@ -43,7 +43,7 @@ from mnist_cli.signals import SignalWatch
 from mnist_cli.train_step import lr_of
 
 RUNS = "outputs/train"
-OF_TRAINING = ("logger", "predictions", "profile", "report")  # that a run does besides it
+OF_TRAINING = ("logger", "predictions", "profile", "report")  # only done while or after it trains
 
 
 def run(

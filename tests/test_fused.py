@@ -150,8 +150,9 @@ def test_a_signal_does_not_wait_for_the_data(
         raise AssertionError("the signal was kept for later")
 
     monkeypatch.setattr(dataset, "official", official)
-    outcome = mnist_cli("train", "-m", *TINY, "optim.lr=0.01,0.02", "seed=0", "out=a")
+    outcome = mnist_cli("train", "-m", *TINY, "optim.lr=0.01,0.02", "seed=0", "out=a", "--json")
     assert outcome.code == 130
+    assert [job["exit_code"] for job in json.loads(outcome.stdout)["jobs"]] == [130, 130]
     assert outcome.error == "interrupted with 2 of 2 jobs left; what is done is in a"
     assert len(asked) == 1 and not folders(Path("a"))
 

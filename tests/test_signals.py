@@ -236,17 +236,24 @@ sys.exit(program())
 """
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_among_the_first_imports_ends_it_in_two_lines(number: int) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", AT_THE_START, "list", "model", str(int(number))],
+def run_code(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
         env=os.environ | {"PYTHONPATH": str(faults.ROOT)},
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_among_the_first_imports_ends_it_in_two_lines(number: signal.Signals) -> None:
+    ended = run_code(AT_THE_START, "list", "model", str(int(number)))
     assert (ended.returncode, ended.stdout) == (128 + number, "")
     error, hint = two_lines(ended.stderr)
     assert error == f"interrupted by {number.name}" and hint.startswith("type the command again")
+    ended = run_code(AT_THE_START, "list", "--json", str(int(number)))
+    document = {"error": error, "hint": hint, "exit_code": 128 + number}
+    assert (json.loads(ended.stdout), two_lines(ended.stderr)) == (document, (error, hint))
 
 
 AT_THE_END = """
@@ -259,12 +266,7 @@ sys.exit(program())
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_changes_nothing_when_all_is_done(number: int) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", AT_THE_END, "list", "model", str(int(number))],
-        env=os.environ | {"PYTHONPATH": str(faults.ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    ended = run_code(AT_THE_END, "list", "model", str(int(number)))
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "cnn_deep" in ended.stdout
 

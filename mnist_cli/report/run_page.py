@@ -14,7 +14,7 @@ from mnist_cli import formats, metrics
 from mnist_cli.report import canvas, page, pictures, plots
 from mnist_cli.report.canvas import FIRST, MUTED, Curve
 from mnist_cli.report.record import ClassScores, Record
-from mnist_cli.run import command_of
+from mnist_cli.run import typed_in
 
 MAX_FILTERS = 32
 
@@ -225,5 +225,5 @@ def _settings(record: Record) -> list[dict[str, Any]]:
 def _command(record: Record) -> str:
     """The line that repeats the run, without the keys that have their defaults."""
     typed = {row["key"] for row in _settings(record) if row["differs"]}
-    words = shlex.split(command_of(record.config))
-    return shlex.join([*words[:2], *(w for w in words[2:] if w.partition("=")[0] in typed)])
+    words = [f"{key}={value}" for key, value in typed_in(record.config).items() if key in typed]
+    return shlex.join(["mnist-cli", "train", *words])

@@ -214,8 +214,9 @@ def finish(
         return _fail(console, error, document)
     if failed:
         message = f"{len(failed)} of {num_jobs} jobs failed in {folder}"
-        log = next((f"{job['run_dir']}/train.log" for job in failed if job["run_dir"]), None)
-        why = f"see {shlex.quote(log)} for why, then " if log else ""
+        logs = (Path(job["run_dir"], "train.log") for job in failed if job["run_dir"])
+        log = next((path for path in logs if path.exists()), None)
+        why = f"see {shlex.quote(str(log))} for why, then " if log else ""
         return _fail(console, SweepError(message, f"{why}{_again(folder)}"), document)
     console.document(document)
     return 0

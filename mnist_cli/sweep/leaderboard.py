@@ -21,7 +21,7 @@ from typing import Any
 from mnist_cli import conf, durable, regular_file
 from mnist_cli.config import FREE_KEYS, TrainConfig, is_maximized
 from mnist_cli.errors import one_line
-from mnist_cli.run import LARGEST_METRIC, MAX_BYTES, RunFolder, command_of
+from mnist_cli.run import LARGEST_METRIC, MAX_BYTES, RunFolder, typed_in
 from mnist_cli.sweep import display
 
 SCHEMA = 1
@@ -153,9 +153,7 @@ def _entry(folder: Path) -> Entry | None:
 def _waiting(config: TrainConfig) -> Entry:
     """A job that was not started."""
     unknown = dict.fromkeys(("error", "monitor", "value", "test", "train_s"))
-    return Entry(
-        name="", config=_typed_in(command_of(config)), state="waiting", seed=config.seed, **unknown
-    )
+    return Entry(name="", config=typed_in(config), state="waiting", seed=config.seed, **unknown)
 
 
 def state_of(result: dict[str, Any]) -> str:
@@ -211,9 +209,9 @@ def _ranking(
         return None, "by nothing: no job was completed"
     if len(metrics) > 1:
         return None, f"by nothing: {', '.join(metrics)} don't compare"
-    if len({_part_of(config, "dataset") for config in known}) > 1:
+    if len({part_of(config, "dataset") for config in known}) > 1:
         return None, "by nothing: scores on different datasets don't compare"
-    if metrics == ["val_loss"] and len({_part_of(config, "loss") for config in known}) > 1:
+    if metrics == ["val_loss"] and len({part_of(config, "loss") for config in known}) > 1:
         return None, "by nothing: the val_loss of different losses don't compare"
     [metric] = metrics
     unstable = [_has_diverged(row) for row in rows if row["mean"] is not None]
@@ -229,7 +227,7 @@ def _has_diverged(row: dict[str, Any]) -> bool:
     return any(job["state"] == "diverged" for job in row["failed"])
 
 
-def _part_of(config: dict[str, str], group: str) -> frozenset[tuple[str, str]]:
+def part_of(config: dict[str, str], group: str) -> frozenset[tuple[str, str]]:
     """The settings of a group; of a dataset those that make it another one."""
     return frozenset(
         (key, value)

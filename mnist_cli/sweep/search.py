@@ -8,16 +8,16 @@ Search       the plan in between: trials into jobs, and how they ended
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mnist_cli import durable
-from mnist_cli.config import FREE_KEYS, OBJECTIVES, SweepConfig, TrainConfig, flatten, to_plain
+from mnist_cli.config import FREE_KEYS, OBJECTIVES, SweepConfig, TrainConfig
 from mnist_cli.errors import LockedError, MnistCliError, UsageError
 from mnist_cli.imports import importing
-from mnist_cli.run import as_typed
+from mnist_cli.run import typed_in
 from mnist_cli.sweep.board import Board
 from mnist_cli.sweep.job import Document, TrainJob, failure, has_failed, place_of, placed, result_of
-from mnist_cli.sweep.leaderboard import OF_NO_DATASET
+from mnist_cli.sweep.leaderboard import part_of
 from mnist_cli.sweep.space import Space, words_of
 from mnist_cli.sweep.study import Study
 
@@ -54,7 +54,7 @@ def check(
             f"sweep.objectives names {foreign}, which dataset={config.dataset.name} has not",
             f"name some of: {', '.join(name for name in OBJECTIVES if name != foreign)}",
         )
-    if data_of(config) != data_of(other):
+    if part_of(typed_in(config), "dataset") != part_of(typed_in(other), "dataset"):
         raise UsageError(
             "a search can't choose the dataset: scores on different datasets don't compare",
             "search once for each dataset",
@@ -77,23 +77,11 @@ def check(
     return objectives
 
 
-def data_of(config: TrainConfig) -> dict[str, Any]:
-    """What tells one dataset from another."""
-    values = flatten(to_plain(config)["dataset"], "dataset.")
-    return {key: value for key, value in values.items() if key not in OF_NO_DATASET}
-
-
 def fixed(config: TrainConfig, space: Space) -> dict[str, str]:
     """What nobody chose between, {key: value as typed}, of a job of the search."""
-    values = flatten(to_plain(config)) | {"monitor": config.monitored}
-    typed = {
-        key.removesuffix(".name"): as_typed(value)
-        for key, value in values.items()
-        if key not in FREE_KEYS
-    }
-    for part in space:
-        typed.pop(part.key, None)
-    return typed
+    typed = typed_in(config) | {"monitor": config.monitored}
+    left_out = {*FREE_KEYS, *(part.key for part in space)}
+    return {key: value for key, value in typed.items() if key not in left_out}
 
 
 class Search:
